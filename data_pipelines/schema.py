@@ -1,0 +1,29 @@
+"""Names and dtypes that the writer, the readers, the pipeline and the models share. A leaf module: NumPy only."""
+
+import numpy as np
+
+FORMAT_VERSION = 1
+FEATURE_DTYPES = {"float16": np.float16, "float32": np.float32}
+
+# 256 KiB payload: larger records cross malloc's mmap threshold and read several times slower.
+CHUNK_BYTES = 256 * 1024
+
+
+def chunk_patches(feat_dim: int, dtype: str = "float16") -> int:
+    """Patches per chunk record so that the payload is about 256 KiB (at least 1).
+
+    Args:
+      feat_dim: embedding width D.
+      dtype: name of the stored dtype.
+
+    Returns:
+      Number of patches, e.g. 128 for D = 1024 in float16.
+    """
+    return max(1, CHUNK_BYTES // (feat_dim * np.dtype(FEATURE_DTYPES[dtype]).itemsize))
+
+
+# Fields of a packed step; shapes are given in histokd_jax.types.Batch.
+PATCHES, SEGMENT_IDS, POSITIONS, COORDS = "patches", "segment_ids", "positions", "coords"
+WEIGHT, SLIDE_INDEX, LABEL, GENES, HAS_GENES = "weight", "slide_index", "label", "genes", "has_genes"
+ROW_FIELDS = (PATCHES, SEGMENT_IDS, POSITIONS, COORDS)
+"""Fields with leading axes [R, L]; sharded over rows. All other fields are per slot [S, ...] and replicated."""

@@ -1,0 +1,112 @@
+"""The contracts that every module shares: batch fields, the Method interface, metric pairs. Imports JAX only.
+
+Axis letters used everywhere: R rows, L patches per row, D patch-embedding width, S slots of a step (one slide each),
+H hidden width, A attention width, C classes, Q attention queries per slide, K genes, b slides of a batch-coupled step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+Batch = Mapping[str, jax.Array]
+"""One step. Fields (dtypes on the host; see `data_pipelines.schema` for the authoritative list):
+
+patches      [R, L, D] float16/float32  rows of patch embeddings; padding rows may hold anything, even NaN
+segment_ids  [R, L]    int32            0 = padding, 1..S = slot of the slide within the *step* (a slide may span rows)
+positions    [R, L]    int32            index of the patch within its bag, 0-based; seeds per-patch dropout
+weight       [S]       float32          1 for a real slide, 0 for an empty slot
+slide_index  [S]       int32            row of the slide in the manifest, -1 for an empty slot
+label        [S]       int32            class index (0 in empty slots)
+genes        [S, K]    float32          selected genes in rank order (only if the method asks for them)
+has_genes    [S]       bool             False where a slide has no genes
+"""
+
+Params = Any
+Extra = Any
+Outputs = Mapping[str, jax.Array]
+Metrics = Mapping[str, tuple[jax.Array, jax.Array]]
+"""name -> (sum, count). Means are taken once, on the host, after summing over steps."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+    """What a method must know about the data to build its networks."""
+
+    feat_dim: int
+    num_classes: int
+    num_genes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One phase of training.
+
+    Attributes:
+      name: handed to `Method.objective`.
+      trainable: top-level parameter groups that are updated; others are left bit-identical.
+      monitor_modes: inference modes whose mean validation AUC is the stopping monitor of this stage.
+    """
+
+    name: str
+    trainable: tuple[str, ...]
+    monitor_modes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """One way to deploy a trained method.
+
+    Attributes:
+      name: e.g. "pathology".
+      params: top-level parameter groups it needs; all others may be absent.
+      fields: batch fields it needs; all others may be absent.
+    """
+
+    name: str
+    params: tuple[str, ...]
+    fields: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A learning system as pure functions; the train loop knows nothing else about it.
+
+    Attributes:
+      name: registry name.
+      init: (key) -> (params, extra). `params` is a dict of top-level groups (one per network).
+      forward: (params, frozen, extra, batch, key, train) -> (outputs, new_extra). `outputs` holds slot-major arrays
+        [S, ...] only, so that a step can be cut between forward and objective (gradient caching).
+      objective: (outputs, batch, step, stage) -> (scalar loss, metrics). Batch-coupled terms see all S slots.
+      predict: (params, frozen, extra, batch, mode) -> {"prob": [S, C], "logits": [S, C], "embedding": [S, H]}.
+      attention: (params, frozen, extra, batch, mode) -> [R, L] float32, weight of each patch within its slide.
+      modes: the ways to deploy it.
+      stages: phases of training, in order.
+      requires: batch fields needed in training.
+      batch_coupled: True if the loss couples slides, so that a step must hold exactly b of them.
+    """
+
+    name: str
+    init: Callable[..., tuple[Params, Extra]]
+    forward: Callable[..., tuple[Outputs, Extra]]
+    objective: Callable[..., tuple[jax.Array, Metrics]]
+    predict: Callable[..., Mapping[str, jax.Array]]
+    modes: tuple[Mode, ...]
+    stages: tuple[Stage, ...]
+    requires: tuple[str, ...]
+    batch_coupled: bool
+    attention: Callable[..., jax.Array] | None = None
+
+    def mode(self, name: str) -> Mode:
+        """The mode called `name`.
+
+        Raises:
+          ValueError: if this method has no such mode.
+        """
+        for mode in self.modes:
+            if mode.name == name:
+                return mode
+        raise ValueError(f"method {self.name!r} has no mode {name!r}; it has {[m.name for m in self.modes]}")

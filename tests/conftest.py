@@ -1,0 +1,32 @@
+"""Eight simulated CPU devices for every test, strict rank promotion, and the optional folder of real data."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+from absl import flags
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Grain's workers read absl flags; outside app.run they would raise UnparsedFlagAccessError.
+flags.FLAGS.mark_as_parsed()
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden_dir():
+    """Folder of golden numbers (tests/golden)."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """Folder of real data named by HISTOKD_REAL_DATA; tests that need it skip with the reason when it is unset."""
+    path = os.environ.get("HISTOKD_REAL_DATA")
+    if not path:
+        pytest.skip("HISTOKD_REAL_DATA is not set: real data are not part of the repository")
+    return pathlib.Path(path)
