@@ -1,0 +1,31 @@
+"""Distillation and task losses: pure functions of arrays that never see a config.
+
+`where` is a [b] bool mask of valid rows; masking equals taking the subset, in value and in gradient. Everything
+accumulates in float32 (float64 for float64 input). A loss that couples the batch says so and needs b >= 2.
+"""
+
+from histokd_jax.losses.classification import correct, cross_entropy
+from histokd_jax.losses.contrastive import infonce_loss
+from histokd_jax.losses.hints import at_loss, fitnet_loss
+from histokd_jax.losses.moments import coral_loss, mean_covariance
+from histokd_jax.losses.mutual import mutual_kl, tempered_kl
+from histokd_jax.losses.orthogonal import non_orthogonality, orth_loss
+from histokd_jax.losses.relational import pkt_loss, rkd_loss
+from histokd_jax.losses.similarity import sp_loss
+
+__all__ = [
+    "at_loss",
+    "coral_loss",
+    "correct",
+    "cross_entropy",
+    "fitnet_loss",
+    "infonce_loss",
+    "mean_covariance",
+    "mutual_kl",
+    "non_orthogonality",
+    "orth_loss",
+    "pkt_loss",
+    "rkd_loss",
+    "sp_loss",
+    "tempered_kl",
+]

@@ -1,0 +1,207 @@
+"""The chunked pool against an independent float64 NumPy evaluation, and its invariances."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from histokd_jax.ops import pooling
+
+D, H, A = 6, 5, 4
+
+
+def features(params, aux, x, seg, pos):
+    del aux, seg, pos
+    h = jnp.maximum(params["f"].astype(x.dtype) @ x.T + params["b"].astype(x.dtype)[:, None], 0)
+    gate = jnp.tanh(params["v"].astype(x.dtype) @ h) * jax.nn.sigmoid(params["u"].astype(x.dtype) @ h)
+    return h, params["w"].astype(x.dtype) @ gate
+
+
+def make(sizes, rows, length, queries=1, seed=0):
+    rng = np.random.default_rng(seed)
+    params = {
+        "f": rng.normal(size=(H, D)),
+        "b": rng.normal(size=(H,)),
+        "v": rng.normal(size=(A, H)),
+        "u": rng.normal(size=(A, H)),
+        "w": rng.normal(size=(queries, A)),
+    }
+    seg = np.zeros(rows * length, np.int32)
+    pos = np.zeros(rows * length, np.int32)
+    start = 0
+    for slot, n in enumerate(sizes):
+        seg[start : start + n] = slot + 1
+        pos[start : start + n] = np.arange(n)
+        start += n
+    x = rng.normal(size=(rows * length, D))
+    return params, x.reshape(rows, length, D), seg.reshape(rows, length), pos.reshape(rows, length)
+
+
+def reference(params, x, seg, slots):
+    """Equation of the docstring, bag by bag, float64."""
+    x, seg = x.reshape(-1, D), seg.reshape(-1)
+    out = np.zeros((slots, params["w"].shape[0], H))
+    for s in range(slots):
+        bag = x[seg == s + 1]
+        if not len(bag):
+            continue
+        h = np.maximum(bag @ params["f"].T + params["b"], 0)
+        gate = np.tanh(h @ params["v"].T) / (1 + np.exp(-h @ params["u"].T))
+        scores = gate @ params["w"].T
+        a = np.exp(scores - scores.max(0))
+        out[s] = (a / a.sum(0)).T @ h
+    return out
+
+
+def f32(tree):
+    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32) if a.dtype == np.float64 else jnp.asarray(a), tree)
+
+
+def pool(params, x, seg, pos, slots, chunk=8):
+    return pooling.attention_pool(features, params, (), x, seg, pos, num_slots=slots, chunk=chunk)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 8, 64])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_equals_bag_by_bag_reference(chunk, queries):
+    params, x, seg, pos = make([7, 1, 0, 20], 2, 17, queries)
+    got, lse = pool(*f32((params, x, seg, pos)), 5, chunk)
+    np.testing.assert_allclose(got, reference(params, x, seg, 5), atol=2e-6)
+    assert np.all(np.asarray(got)[[2, 4]] == 0) and np.all(np.asarray(lse)[[2, 4]] == pooling.NEG)
+
+
+def test_gradients_equal_the_unchunked_graph():
+    params, x, seg, pos = f32(make([7, 1, 0, 20], 2, 17, 2))
+    target = jax.random.normal(jax.random.key(1), (5, 2, H))
+    aim = jax.random.normal(jax.random.key(2), (5, 2))
+
+    def plain(params, x):
+        flat, ids = x.reshape(-1, D), seg.reshape(-1)
+        flat = jnp.where((ids > 0)[:, None], flat, 0)
+        h, s = features(params, (), flat, ids, None)
+        logits = jnp.where(ids[None, None] == jnp.arange(1, 6)[:, None, None], s[None], pooling.NEG)
+        a = jnp.where(logits > pooling.NEG / 2, jax.nn.softmax(logits, -1), 0)
+        pooled = jnp.einsum("sqn,hn->sqh", a, h)
+        return jnp.sum(pooled * target) + jnp.sum(
+            jnp.where(jnp.isin(jnp.arange(5), jnp.array([0, 1, 3]))[:, None], jax.nn.logsumexp(logits, -1) * aim, 0)
+        )
+
+    def chunked(params, x):
+        pooled, lse = pool(params, x, seg, pos, 5)
+        valid = jnp.isin(jnp.arange(5), jnp.array([0, 1, 3]))[:, None]
+        return jnp.sum(pooled * target) + jnp.sum(jnp.where(valid, lse * aim, 0))
+
+    want, got = (jax.grad(fn, argnums=(0, 1))(params, x) for fn in (plain, chunked))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), want, got)
+
+
+def test_check_F1_padding_of_any_content_is_unobservable():
+    params, x, seg, pos = make([7, 1, 20], 2, 17)
+    dirty = np.where((seg > 0)[..., None], x, np.nan)
+    dirty[1, -1] = 1e6
+
+    def value(params, x):
+        return jnp.sum(pool(params, x, *f32((seg, pos)), 3)[0] ** 2)
+
+    clean = jax.value_and_grad(value, argnums=(0, 1))(*f32((params, x)))
+    noisy = jax.value_and_grad(value, argnums=(0, 1))(*f32((params, dirty)))
+    assert clean[0] == noisy[0]
+    jax.tree.map(np.testing.assert_array_equal, clean[1], noisy[1])
+    assert np.all(np.asarray(noisy[1][1])[seg == 0] == 0)
+
+
+def test_packed_equals_padded_layout():
+    sizes = [7, 1, 20]
+    params, x, seg, pos = make(sizes, 1, 40)
+    padded, pseg, ppos = np.full((3, 24, D), np.nan), np.zeros((3, 24), np.int32), np.zeros((3, 24), np.int32)
+    for s, n in enumerate(sizes):
+        padded[s, :n], pseg[s, :n], ppos[s, :n] = x[seg == s + 1], s + 1, np.arange(n)
+    a, _ = pool(*f32((params, x, seg, pos)), 3)
+    b, _ = pool(*f32((params, padded, pseg, ppos)), 3)
+    np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_patch_order_and_duplication_do_not_matter():
+    params, x, seg, pos = make([9, 6], 1, 15)
+    order = np.random.default_rng(3).permutation(15)
+    a, _ = pool(*f32((params, x, seg, pos)), 2)
+    b, _ = pool(*f32((params, x[:, order], seg[:, order], pos[:, order])), 2)
+    twice = [np.concatenate([t, t], 1) for t in (x, seg, pos)]
+    c, _ = pool(*f32((params, *twice)), 2)
+    np.testing.assert_allclose(a, b, atol=1e-6)
+    np.testing.assert_allclose(a, c, atol=1e-6)
+
+
+def test_attention_weights_sum_to_one_and_single_patch_weighs_one():
+    params, x, seg, pos = make([7, 1, 20], 2, 17, 2)
+    w = pooling.attention_weights(features, *f32((params,)), (), *f32((x, seg, pos)), num_slots=3, chunk=8)
+    for s in range(3):
+        np.testing.assert_allclose(np.asarray(w)[:, seg == s + 1].sum(1), 1, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(w)[:, seg == 2], 1, atol=1e-6)
+    assert np.all(np.asarray(w)[:, seg == 0] == 0)
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_sharded_rows_equal_one_device_and_never_gather_patches(devices):
+    params, x, seg, pos = f32(make([37, 1, 0, 60], 8, 16, 2))
+    target = jax.random.normal(jax.random.key(1), (4, 2, H))
+
+    def value(params, x):
+        return jnp.sum(pool(params, x, seg, pos, 4, 4)[0] * target)
+
+    want = jax.value_and_grad(value, argnums=(0, 1))(params, x)
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        spec = jax.sharding.NamedSharding(mesh, jax.P("data"))
+        sharded = jax.device_put(x, spec)
+        seg, pos = jax.device_put((seg, pos), spec)
+        step = jax.jit(jax.value_and_grad(value, argnums=(0, 1)))
+        got = step(params, sharded)
+        w = jax.jit(lambda p, x: pooling.attention_weights(features, p, (), x, seg, pos, num_slots=4, chunk=4))(
+            params, sharded
+        )
+        hlo = step.lower(params, sharded).compile().as_text()
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got[1], want[1])
+    np.testing.assert_allclose(np.asarray(w)[:, np.asarray(seg) == 4].sum(1), 1, atol=1e-6)
+    assert "all-gather" not in hlo
+
+
+def test_rows_that_do_not_divide_over_the_mesh_are_refused():
+    params, x, seg, pos = f32(make([7], 3, 4))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="data.rows"):
+        pool(params, x, seg, pos, 1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
+def test_temporary_memory_does_not_grow_with_the_bag(dtype):
+    """Compiled, not run: 200,000 patches must need no more temporaries than 20,000."""
+
+    def temporaries(length):
+        shapes = [jax.ShapeDtypeStruct((1, length, 64), dtype)] + [jax.ShapeDtypeStruct((1, length), jnp.int32)] * 2
+        params = {
+            k: jax.ShapeDtypeStruct(s, jnp.float32)
+            for k, s in {"f": (H, 64), "b": (H,), "v": (A, H), "u": (A, H), "w": (1, A)}.items()
+        }
+
+        def cast(params, aux, x, seg, pos):
+            return features(params, aux, x.astype(jnp.float32), seg, pos)
+
+        def value(params, x, seg, pos):
+            return jnp.sum(pooling.attention_pool(cast, params, (), x, seg, pos, num_slots=2, chunk=1000)[0])
+
+        return jax.jit(jax.grad(value)).lower(params, *shapes).compile().memory_analysis().temp_size_in_bytes
+
+    small, large = temporaries(20_000), temporaries(200_000)
+    assert large < small + 1_000_000
+
+
+def test_vmap_over_replicas_equals_a_loop():
+    params, x, seg, pos = f32(make([7, 1, 20], 2, 17))
+    stacked = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), params)
+    fn = jax.grad(lambda p: jnp.sum(pool(p, x, seg, pos, 3)[0] ** 2))
+    many = jax.vmap(fn)(stacked)
+    for k in range(2):
+        one = fn(jax.tree.map(lambda p, k=k: p[k], stacked))
+        jax.tree.map(lambda a, b, k=k: np.testing.assert_allclose(a[k], b, rtol=2e-4, atol=1e-5), many, one)
