@@ -1,0 +1,90 @@
+"""Settings that every method shares, and the parser of `--config file.py:arg`."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def parse_arg(arg: str, flags: tuple[str, ...], values: dict[str, type]) -> dict:
+    """Reads "er,fold=2,smoke": bare words are flags, key=value pairs are typed.
+
+    Raises:
+      ValueError: for a word that is neither, listing what is allowed.
+    """
+    out = {}
+    for word in filter(None, (w.strip() for w in arg.split(","))):
+        key, eq, value = word.partition("=")
+        if not eq and key.lower() in flags:
+            out[key.lower()] = True
+        elif eq and key in values:
+            out[key] = values[key](value)
+        else:
+            raise ValueError(
+                f"config argument {word!r} is not known; words: {', '.join(flags)}; "
+                f"settings: {', '.join(f'{k}=...' for k in values)}"
+            )
+    return out
+
+
+def fold_value(text: str) -> str:
+    """Checks "all" or a fold number; kept as text so that both fit one config key."""
+    if text != "all" and not text.isdigit():
+        raise ValueError(f"fold={text!r}: give 'all' or a fold number from 0")
+    return text
+
+
+def base() -> ConfigDict:
+    """Data, splits, trainer, checkpoints, evaluation and report settings with their defaults."""
+    cfg = ConfigDict()
+    cfg.seed = 0
+    cfg.task = "ER"
+    cfg.fold = "all"
+    cfg.data = ConfigDict(
+        dict(
+            dir="",  # data set directory (manifest.json, shards, tables/)
+            labels="",  # table of labels; empty: tables/labels.csv of the data set
+            genes="",  # table of genes; empty: tables/genes.npz of the data set
+            survival="",  # table of survival; empty: tables/survival.csv of the data set
+            unit="case",  # case: one slide per case | slide: every slide is a sample, tables keyed by slide id
+            feat_dim=0,  # 0: taken from the data set; otherwise it must match
+            slide_choice="first_sorted",
+            max_patches_train=placeholder(int),
+            grouping="size_balanced",
+            rows=0,  # packed rows per step; 0: one per device of the data axis
+            chunk=1024,  # patches per chunk of the pooling kernel; rows are multiples of it
+            threads=2,
+            buffer_mib=256,
+            allow_patient_overlap=False,
+        )
+    )
+    cfg.split = ConfigDict(dict(dir="", n_folds=5, val_fraction=0.2, stratify=True, seed=0))
+    cfg.train = ConfigDict(
+        dict(
+            b=16,
+            batching="packed",
+            lr=2e-4,
+            wd=1e-5,
+            decay_bias=True,
+            lr_schedule="cosine50_floor0",
+            max_epochs=100,
+            sampler="class_balanced_replacement",
+            drop_last=True,
+            compute_dtype="float32",
+        )
+    )
+    # monitor: mean_auc3 | student_auc; enabled=False trains max_epochs and keeps the last state.
+    cfg.early_stop = ConfigDict(dict(enabled=True, monitor="mean_auc3", patience=5, min_epoch=5))
+    cfg.ckpt = ConfigDict(dict(teachers="best_joint", every_epochs=5, keep=2))
+    cfg.eval = ConfigDict(dict(teacher_dropout=False, slots=32))
+    cfg.infer = ConfigDict(dict(mode="pathology", ensemble="none"))
+    cfg.mesh = ConfigDict(dict(data=1))
+    # control: train the same networks with every distillation weight at 0, for the paired comparison.
+    cfg.compare = ConfigDict(dict(control=True))
+    cfg.report = ConfigDict(dict(bootstrap=2000))
+    return cfg
+
+
+def override(cfg: ConfigDict, values: dict) -> None:
+    """Sets dotted keys, e.g. {"loss.lambda_skd": 0.0}; unknown keys raise."""
+    cfg.update_from_flattened_dict(values)

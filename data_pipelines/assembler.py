@@ -1,0 +1,174 @@
+"""Assembles host batches: patches go from chunk records straight into one fixed-shape buffer per step."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from data_pipelines import schema
+from data_pipelines.plan import PackPlan, StepPlan
+
+_OWN_FIELDS = (*schema.ROW_FIELDS, schema.WEIGHT, schema.SLIDE_INDEX)
+
+
+class Reader(Protocol):
+    """What the pipeline needs of a `data_pipelines.reader.BagReader`."""
+
+    manifest: Any
+
+    def read_into(
+        self, slide: int, start: int, count: int, out: np.ndarray, coords_out: np.ndarray | None = None
+    ) -> None:
+        """Fills `out` with patches start .. start + count (modulo the bag size) of a slide."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SlideTable:
+    """Per-slide values in the order that the planner saw.
+
+    Attributes:
+      slide_index: [n] row of each slide in the manifest.
+      fields: name -> [n, ...] values that become slot fields [S, ...], e.g. label, genes, has_genes. Stored as bool,
+        int32 or float32; other kinds are rejected. Empty slots hold zeros.
+    """
+
+    slide_index: np.ndarray
+    fields: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        index = np.asarray(self.slide_index, np.int32)
+        fields = {name: _slot_values(name, value, len(index)) for name, value in self.fields.items()}
+        object.__setattr__(self, "slide_index", index)
+        object.__setattr__(self, "fields", fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSource:
+    """Everything that determines the batches of a run.
+
+    Attributes:
+      reader: reads patches; shared by all threads.
+      table: slot values, one row per planned slide.
+      plan: the steps.
+      dtype: dtype of the patches in the batch, 'float16' or 'float32'.
+      with_coords: whether batches carry the patch coordinates (attention export).
+    """
+
+    reader: Reader
+    table: SlideTable
+    plan: PackPlan
+    dtype: str = "float16"
+    with_coords: bool = False
+
+    def __post_init__(self):
+        if self.dtype not in schema.FEATURE_DTYPES:
+            raise ValueError(f"dtype of the batch is {self.dtype!r}; expected one of {sorted(schema.FEATURE_DTYPES)}")
+        if len(self.table.slide_index) != len(self.plan.sizes):
+            raise ValueError(f"table has {len(self.table.slide_index)} slides, the plan {len(self.plan.sizes)}")
+        found = np.asarray(self.reader.manifest.sizes)[self.table.slide_index]
+        if (found != self.plan.sizes).any():
+            row = int(np.argmax(found != self.plan.sizes))
+            raise ValueError(
+                f"slide {self.table.slide_index[row]} has {found[row]} patches in the manifest but the plan was made "
+                f"for {self.plan.sizes[row]}: plan from the sizes of this manifest"
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.plan.epochs * self.plan.steps_per_epoch
+
+    def step_bytes(self, rows: int) -> int:
+        """Bytes of the row fields of `rows` rows of one step."""
+        width = self.reader.manifest.feat_dim * np.dtype(schema.FEATURE_DTYPES[self.dtype]).itemsize
+        return rows * self.plan.row_patches * (width + 8 + (8 if self.with_coords else 0))
+
+    def fingerprint(self) -> str:
+        """Sha256 (hex) over data set, plan and slot values: whether a saved position means the same batches."""
+        digest = hashlib.sha256()
+        header = [self.reader.manifest.fingerprint(), self.plan.fingerprint(), self.dtype, self.with_coords]
+        digest.update(json.dumps(header).encode())
+        for name, values in sorted({schema.SLIDE_INDEX: self.table.slide_index, **self.table.fields}.items()):
+            digest.update(f"{name} {values.dtype} {values.shape}".encode())
+            digest.update(np.ascontiguousarray(values))
+        return digest.hexdigest()
+
+
+class BatchAssembler:
+    """Turns a step plan into the host batch of one process; fields as in `histokd_jax.types.Batch`.
+
+    Patches go from chunk records straight into one fresh buffer; padding is zero. Rows outside `rows` are neither read
+    nor allocated; slot fields cover all S slots on every process.
+
+    Args:
+      source: reader, table and plan.
+      rows: rows of the step that this process holds.
+    """
+
+    def __init__(self, source: StepSource, rows: slice):
+        self._source = source
+        self._rows = rows
+
+    def __call__(self, step: StepPlan) -> dict[str, np.ndarray]:
+        """The batch of one step: row fields [R_local, L, ...] and slot fields [S, ...]."""
+        return {**self._row_fields(step), **self._slot_fields(step)}
+
+    def _row_fields(self, step: StepPlan) -> dict[str, np.ndarray]:
+        length = self._source.plan.row_patches
+        low, high = self._rows.start * length, self._rows.stop * length
+        buffers = self._buffers(high - low)
+        for slot in np.flatnonzero(step.count):
+            first, stop = max(step.offset[slot], low), min(step.offset[slot] + step.count[slot], high)
+            if first < stop:
+                at = step.start[slot] + first - step.offset[slot]
+                piece = {name: value[first - low : stop - low] for name, value in buffers.items()}
+                self._read_piece(int(step.slide[slot]), int(slot), int(at), piece)
+        rows = self._rows.stop - self._rows.start
+        return {name: value.reshape(rows, length, *value.shape[1:]) for name, value in buffers.items()}
+
+    def _buffers(self, n: int) -> dict[str, np.ndarray]:
+        source = self._source
+        buffers = {
+            schema.PATCHES: np.zeros((n, source.reader.manifest.feat_dim), schema.FEATURE_DTYPES[source.dtype]),
+            schema.SEGMENT_IDS: np.zeros(n, np.int32),
+            schema.POSITIONS: np.zeros(n, np.int32),
+        }
+        if source.with_coords:
+            buffers[schema.COORDS] = np.zeros((n, 2), np.int32)
+        return buffers
+
+    def _read_piece(self, item: int, slot: int, at: int, piece: Mapping[str, np.ndarray]) -> None:
+        source, size = self._source, int(self._source.plan.sizes[item])
+        n, row = len(piece[schema.SEGMENT_IDS]), int(source.table.slide_index[item])
+        source.reader.read_into(row, at % size, n, piece[schema.PATCHES], piece.get(schema.COORDS))
+        piece[schema.SEGMENT_IDS][:] = slot + 1
+        piece[schema.POSITIONS][:] = np.arange(at, at + n) % size
+
+    def _slot_fields(self, step: StepPlan) -> dict[str, np.ndarray]:
+        real, table = step.slide >= 0, self._source.table
+        fields = {
+            schema.WEIGHT: real.astype(np.float32),
+            schema.SLIDE_INDEX: np.where(real, table.slide_index[step.slide], -1).astype(np.int32),
+        }
+        for name, values in table.fields.items():
+            fields[name] = np.zeros((len(real), *values.shape[1:]), values.dtype)
+            fields[name][real] = values[step.slide[real]]
+        return fields
+
+
+def _slot_values(name: str, values: np.ndarray, n: int) -> np.ndarray:
+    """Values as bool, int32 or float32."""
+    if name in _OWN_FIELDS:
+        raise ValueError(f"field {name!r} is filled by the pipeline itself; expected another name")
+    values = np.asarray(values)
+    if values.shape[:1] != (n,):
+        raise ValueError(f"field {name!r} has shape {values.shape}; expected {n} rows, one per slide")
+    dtypes = {"b": np.bool_, "i": np.int32, "u": np.int32, "f": np.float32}
+    if values.dtype.kind not in dtypes:
+        raise ValueError(f"field {name!r} has dtype {values.dtype}; expected bool, integers or floats")
+    return np.ascontiguousarray(values, dtypes[values.dtype.kind])

@@ -1,0 +1,227 @@
+"""One chunk record: a serialised `tf.train.Example`, written and read by hand.
+
+Fields, in this fixed order: `patches` (bytes, [n, D] row-major), `coords` (bytes, [n, 2] int32), `slide_id` (bytes,
+UTF-8), `chunk` (int64), `crc` (int64: CRC-32 of the four other values). All numbers are little-endian.
+
+Lengths that vary and both integers are written as varints of a fixed width (padded with continuation bits, which every
+protobuf parser accepts). The layout is thus a pure function of n, D and the length of the id: the arrays lie at known
+offsets, the patches always at byte 36, which keeps them aligned, and a reader slices them out without parsing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import struct
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipelines.schema import FEATURE_DTYPES
+
+PATCHES_OFFSET = 36
+COORD_BYTES = 8
+MAX_BYTES = (1 << 28) - 64
+"""Largest array of one record in bytes; its length must fit a 4-byte varint."""
+
+_LEN = 0x0A  # Field 1, wire type 2 (length-delimited); in every message used here field 1 is the payload.
+_VALUE = 0x12  # Field 2, wire type 2: the value of a map entry.
+_INT64_LIST = 0x1A  # Field 3 of Feature.
+_INT_WIDTH = 5
+
+
+class ChunkRecord(NamedTuple):
+    """The content of a record; the arrays are read-only views of its bytes.
+
+    Attributes:
+      patches: [n, D] float16 or float32.
+      coords: [n, 2] int32.
+      slide_id: key of the slide.
+      chunk: number of this chunk within its slide, from 0.
+    """
+
+    patches: np.ndarray
+    coords: np.ndarray
+    slide_id: str
+    chunk: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where everything lies in a record of n patches.
+
+    Attributes:
+      constants: (offset, bytes) of all protobuf framing, which is the same in every record of this layout.
+      patches, coords, slide_id, chunk, crc: slices of the values.
+      size: length of the record in bytes.
+    """
+
+    constants: tuple[tuple[int, bytes], ...]
+    patches: slice
+    coords: slice
+    slide_id: slice
+    chunk: slice
+    crc: slice
+    size: int
+
+
+def _varint(value: int, width: int) -> bytes:
+    """`value` as a base-128 varint padded to `width` bytes."""
+    if value < 0 or value >> (7 * width):
+        raise ValueError(f"{value} does not fit a varint of {width} bytes")
+    low = [(value >> (7 * i)) & 0x7F for i in range(width)]
+    return bytes([b | 0x80 for b in low[:-1]] + [low[-1]])
+
+
+def _read_varint(data: bytes, start: int, width: int) -> int:
+    value = 0
+    for i in range(width):
+        value |= (data[start + i] & 0x7F) << (7 * i)
+    return value
+
+
+def _bytes_frame(key: str, size: int, widths: tuple[int, int, int, int]) -> bytes:
+    """Framing in front of a bytes value: map entry, key, Feature, BytesList, value."""
+    name = key.encode()
+    inner = bytes([_LEN]) + _varint(size, widths[3])
+    bytes_list = bytes([_LEN]) + _varint(len(inner) + size, widths[2])
+    feature_size = len(bytes_list) + len(inner) + size
+    value = bytes([_VALUE]) + _varint(feature_size, widths[1])
+    head = bytes([_LEN, len(name)]) + name
+    entry = bytes([_LEN]) + _varint(len(head) + len(value) + feature_size, widths[0])
+    return entry + head + value + bytes_list + inner
+
+
+def _int_frame(key: str) -> bytes:
+    """Framing in front of a packed Int64List of one integer of fixed width."""
+    name = key.encode()
+    int_list = bytes([_INT64_LIST, 2 + _INT_WIDTH, _LEN, _INT_WIDTH])
+    head = bytes([_LEN, len(name)]) + name
+    value = bytes([_VALUE, len(int_list) + _INT_WIDTH])
+    body = head + value + int_list
+    return bytes([_LEN, len(body) + _INT_WIDTH]) + body
+
+
+@functools.lru_cache(maxsize=4096)
+def layout(n: int, row_bytes: int, id_bytes: int) -> Layout:
+    """Layout of a record.
+
+    Args:
+      n: number of patches, at least 1.
+      row_bytes: bytes per patch, D x itemsize.
+      id_bytes: length of the UTF-8 slide id.
+
+    Returns:
+      The offsets of all values and the framing between them.
+    """
+    frames = (
+        _bytes_frame("patches", n * row_bytes, (5, 4, 4, 4)),
+        _bytes_frame("coords", n * COORD_BYTES, (4, 4, 4, 4)),
+        _bytes_frame("slide_id", id_bytes, (4, 4, 4, 4)),
+        _int_frame("chunk"),
+        _int_frame("crc"),
+    )
+    sizes = (n * row_bytes, n * COORD_BYTES, id_bytes, _INT_WIDTH, _INT_WIDTH)
+    total = sum(map(len, frames)) + sum(sizes)
+    head = bytes([_LEN]) + _varint(total, 5)
+    constants, values, at = [], [], 0
+    for frame, size in zip((head + frames[0], *frames[1:]), sizes):
+        constants.append((at, frame))
+        at += len(frame)
+        values.append(slice(at, at + size))
+        at += size
+    return Layout(tuple(constants), *values, size=at)
+
+
+def _crc(patches: memoryview, coords: memoryview, slide_id: bytes, chunk: int) -> int:
+    crc = zlib.crc32(coords, zlib.crc32(patches))
+    return zlib.crc32(struct.pack("<q", chunk), zlib.crc32(slide_id, crc))
+
+
+def _little_endian(array: np.ndarray, dtype: np.dtype) -> memoryview:
+    """The bytes of an array in row-major order, without a copy where it lies in memory like that already."""
+    return memoryview(array.astype(dtype.newbyteorder("<"), order="C", copy=False).reshape(-1).view(np.uint8))
+
+
+def encode(patches: np.ndarray, coords: np.ndarray, slide_id: str, chunk: int) -> bytes:
+    """Serialises one chunk.
+
+    Args:
+      patches: [n, D] float16 or float32, already in the stored dtype.
+      coords: [n, 2] int32.
+      slide_id: key of the slide.
+      chunk: number of this chunk within its slide, from 0.
+
+    Returns:
+      The bytes of a `tf.train.Example`.
+
+    Raises:
+      ValueError: if a dtype or shape differs from the above, or an array exceeds `MAX_BYTES`.
+    """
+    if patches.dtype.name not in FEATURE_DTYPES or patches.ndim != 2 or coords.shape != (len(patches), 2):
+        raise ValueError(f"cannot encode patches {patches.dtype}{patches.shape} with coords {coords.shape}")
+    if patches.nbytes > MAX_BYTES:
+        raise ValueError(f"a record of {patches.nbytes} bytes exceeds {MAX_BYTES}; store fewer patches per record")
+    key = slide_id.encode()
+    data = _little_endian(patches, patches.dtype)
+    xy = _little_endian(coords, np.dtype(np.int32))
+    frame = layout(len(patches), patches.shape[1] * patches.itemsize, len(key))
+    values = (data, xy, key, _varint(chunk, _INT_WIDTH), _varint(_crc(data, xy, key, chunk), _INT_WIDTH))
+    return b"".join(part for (_, head), value in zip(frame.constants, values) for part in (head, value))
+
+
+def _layout_of(record: bytes, row_bytes: int) -> Layout:
+    """Derives the layout from the lengths inside a record and checks all framing against it."""
+    if len(record) < PATCHES_OFFSET:
+        raise ValueError(f"the record has only {len(record)} bytes")
+    size = _read_varint(record, PATCHES_OFFSET - 4, 4)
+    n, rest = divmod(size, row_bytes)
+    if n < 1 or rest:
+        raise ValueError(
+            f"the record holds {size} bytes of patches, which is no multiple of {row_bytes} bytes per patch"
+        )
+    id_bytes = len(record) - layout(n, row_bytes, 0).size
+    if id_bytes < 0:
+        raise ValueError(f"the record has {len(record)} bytes, too few for {n} patches")
+    frame = layout(n, row_bytes, id_bytes)
+    for at, constant in frame.constants:
+        if record[at : at + len(constant)] != constant:
+            raise ValueError(f"the framing of the record at byte {at} is not that of a chunk record")
+    return frame
+
+
+def decode(record: bytes, feat_dim: int, dtype: str, *, verify: bool = True) -> ChunkRecord:
+    """Slices the arrays out of a record without copying them.
+
+    Args:
+      record: bytes written by `encode`.
+      feat_dim: embedding width D.
+      dtype: name of the stored dtype, "float16" or "float32".
+      verify: whether to check the CRC-32 (about 1-3 GB/s); the framing is checked always.
+
+    Returns:
+      The content; its arrays are views of `record`.
+
+    Raises:
+      ValueError: if the bytes are not a record of this width and dtype, or the CRC differs.
+    """
+    stored = np.dtype(FEATURE_DTYPES[dtype]).newbyteorder("<")
+    frame = _layout_of(record, feat_dim * stored.itemsize)
+    key = record[frame.slide_id]
+    chunk = _read_varint(record, frame.chunk.start, _INT_WIDTH)
+    if verify:
+        view = memoryview(record)
+        found = _crc(view[frame.patches], view[frame.coords], key, chunk)
+        expected = _read_varint(record, frame.crc.start, _INT_WIDTH)
+        if found != expected:
+            raise ValueError(
+                f"checksum mismatch: the content has CRC-32 {found:#010x}, the record says {expected:#010x}"
+            )
+    n = (frame.coords.stop - frame.coords.start) // COORD_BYTES
+    patches = np.frombuffer(record, stored, n * feat_dim, frame.patches.start).reshape(n, feat_dim)
+    coords = np.frombuffer(record, "<i4", n * 2, frame.coords.start).reshape(n, 2)
+    try:
+        return ChunkRecord(patches, coords, key.decode(), chunk)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the slide id {key!r} is not UTF-8") from error

@@ -1,0 +1,342 @@
+"""Reads labels, genes, survival and gene rankings from CSV and npz files; bad cells are errors that name them."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from data_pipelines import atomic
+from data_pipelines.errors import DataError
+from data_pipelines.genes import GeneTable
+
+HER2_POLICIES = ("drop", "negative", "fish_resolved")
+UNAVAILABLE, EQUIVOCAL = "label not available", "label equivocal"
+_BLANK = {"", "na", "n/a", "nan", "not available", "not evaluated"}
+_POSITIVE, _NEGATIVE = {"positive", "pos", "+"}, {"negative", "neg", "-"}
+_EQUIVOCAL = {"equivocal", "indeterminate"}
+_NOT_GENES = {"case_id", "slide_id", "survival_months", "time_months", "censorship", "event", "train", "site"}
+
+
+class Survival(NamedTuple):
+    """Follow-up of n cases: time_months [n] float64 (NaN = unknown) and event [n] bool (True = death observed)."""
+
+    time_months: np.ndarray
+    event: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LabelTable:
+    """Labels of one task.
+
+    Attributes:
+      case_id: n case ids (slide ids for a table keyed by slide), unique, in file order.
+      value: [n] int32 class index, -1 where there is none.
+      class_names: name of each class index.
+      missing: case -> why it has no label (`UNAVAILABLE` or `EQUIVOCAL`).
+    """
+
+    case_id: tuple[str, ...]
+    value: np.ndarray
+    class_names: tuple[str, ...]
+    missing: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SurvivalTable:
+    """Follow-up keyed by case: case_id (n, unique) and `survival` aligned to it."""
+
+    case_id: tuple[str, ...]
+    survival: Survival
+
+
+def _read_text(path: str | os.PathLike, columns: Sequence[str] = ()) -> pd.DataFrame:
+    """The CSV with every cell as stripped text; checks that `columns` exist."""
+    table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    table.columns = table.columns.str.strip()
+    absent = [name for name in columns if name not in table.columns]
+    if absent:
+        raise DataError(f"{path}: no column {absent[0]!r}; the file has {_listed(table.columns)}")
+    table = table[list(columns)] if columns else table
+    return table.apply(lambda column: column.str.strip())
+
+
+def _listed(names: Sequence[str]) -> str:
+    names = list(names)
+    return f"{names[:12]}" + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+
+
+def _check_case_ids(case_id: Sequence[str], path: str | os.PathLike) -> None:
+    for row, case in enumerate(case_id):
+        if not isinstance(case, str) or not case:
+            raise DataError(f"{path}, line {row + 2}: case_id is empty; every row needs the id of its case")
+
+
+def read_labels(
+    path: str | os.PathLike,
+    task: str,
+    *,
+    label_map: Mapping[str, int] | None = None,
+    her2_equivocal: str = "drop",
+) -> LabelTable:
+    """Labels of one task from a CSV with the columns case_id and `task`; blank = not available.
+
+    Without `label_map`, a column holds class indices 0..C-1, or the words Positive / Negative (any case), where
+    Equivocal and Indeterminate are no label. For a HER2 task, `her2_equivocal` decides on equivocal cases (MKD section
+    3.3): "drop" them, count them as "negative", or take the column `<task>_FISH` ("fish_resolved").
+
+    Args:
+      path: the CSV file, plain or compressed.
+      task: name of the label column.
+      label_map: cell text -> class index; then no other text is accepted.
+      her2_equivocal: one of `HER2_POLICIES`; used by tasks whose name begins with HER2.
+
+    Returns:
+      The labels; rows that repeat a case must agree.
+
+    Raises:
+      DataError: missing column, unknown value, conflicting rows or gaps in the classes; names file, line and field.
+    """
+    if her2_equivocal not in HER2_POLICIES:
+        raise DataError(f"labels.her2_equivocal={her2_equivocal!r} is unknown; choose one of {HER2_POLICIES}")
+    table = _read_text(path)
+    _require(table, ("case_id", task), path)
+    _check_case_ids(table["case_id"], path)
+    policy = her2_equivocal if task.casefold().startswith("her2") else "drop"
+    fish = table[f"{task}_FISH"] if f"{task}_FISH" in table else None
+    values, seen_at, missing = {}, {}, {}
+    for row, (case, text) in enumerate(zip(table["case_id"], table[task])):
+        where = f"{path}, line {row + 2}, column {task!r}"
+        value = _parse_label(text, label_map, where)
+        if value == EQUIVOCAL:
+            value = _resolve_equivocal(policy, None if fish is None else fish.iloc[row], f"{task}_FISH", where)
+        if isinstance(value, str):
+            missing.setdefault(case, value)
+            continue
+        if values.setdefault(case, value) != value:
+            raise DataError(
+                f"{where}: case {case!r} has class {value} here but {values[case]} in line {seen_at[case]}; a case "
+                f"needs one label"
+            )
+        seen_at.setdefault(case, row + 2)
+    cases = tuple(dict.fromkeys(table["case_id"]))
+    textual = label_map is None and any(t.casefold() in _POSITIVE | _NEGATIVE for t in table[task])
+    return LabelTable(
+        case_id=cases,
+        value=np.array([values.get(case, -1) for case in cases], np.int32),
+        class_names=_class_names(set(values.values()), label_map, textual, f"{path}, column {task!r}"),
+        missing={case: reason for case, reason in missing.items() if case not in values},
+    )
+
+
+def _require(table: pd.DataFrame, columns: Sequence[str], path: str | os.PathLike) -> None:
+    for name in columns:
+        if name not in table.columns:
+            raise DataError(f"{path}: no column {name!r}; the file has {_listed(table.columns)}")
+
+
+def _parse_label(text: str, label_map: Mapping[str, int] | None, where: str) -> int | str:
+    """A class index, or the reason why there is none."""
+    word = text.casefold().strip("[]")
+    if label_map is not None:
+        if text in label_map:
+            return int(label_map[text])
+        if word in _BLANK:
+            return UNAVAILABLE
+        raise DataError(f"{where}: {text!r} is not in the label map, which knows {sorted(label_map)}")
+    if word in _BLANK:
+        return UNAVAILABLE
+    if word in _EQUIVOCAL:
+        return EQUIVOCAL
+    if word in _POSITIVE | _NEGATIVE:
+        return int(word in _POSITIVE)
+    whole, _, fraction = text.partition(".")
+    if whole.isdecimal() and not fraction.strip("0"):
+        return int(whole)
+    raise DataError(
+        f"{where}: {text!r} is no label; expected a class index 0, 1, ..., Positive, Negative, Equivocal or an empty "
+        f"cell (not available); give a label map for other codes"
+    )
+
+
+def _resolve_equivocal(policy: str, fish: str | None, column: str, where: str) -> int | str:
+    if policy == "drop":
+        return EQUIVOCAL
+    if policy == "negative":
+        return 0
+    if fish is None:
+        raise DataError(f"{where}: labels.her2_equivocal='fish_resolved' needs a column {column!r}, which is missing")
+    return _parse_label(fish, None, f"{where} ({column})")
+
+
+def _class_names(seen: set[int], label_map: Mapping[str, int] | None, textual: bool, where: str) -> tuple[str, ...]:
+    if label_map is not None:
+        used = set(label_map.values())
+        names = ["/".join(sorted(k for k, v in label_map.items() if v == c)) for c in range(len(used))]
+    elif textual:
+        used, names = seen | {0, 1}, ["negative", "positive"]
+    else:
+        used = seen
+        names = [str(c) for c in range(len(used))]
+    if used != set(range(len(names))):
+        raise DataError(
+            f"{where}: the classes are {sorted(used)}; expected 0..C-1 without gaps; give a label map to renumber them"
+        )
+    return tuple(names)
+
+
+def read_survival(path: str | os.PathLike) -> SurvivalTable:
+    """Overall survival from case_id,time_months,event or from an MCAT / PORPOISE table.
+
+    The latter has survival_months and censorship with 1 = censored, so event = 1 - censorship, and one row per slide;
+    rows of a case must agree.
+
+    Args:
+      path: CSV file, plain, zipped or gzipped.
+
+    Returns:
+      Months and events per case; blank cells give time NaN, event False.
+
+    Raises:
+      DataError: missing columns, bad cells or conflicting rows; names file, line and field.
+    """
+    header = [name.strip() for name in pd.read_csv(path, nrows=0, encoding="utf-8-sig").columns]
+    flipped = "event" not in header
+    columns = ("survival_months", "censorship") if flipped else ("time_months", "event")
+    table = _read_text(path, ("case_id", *columns))
+    _check_case_ids(table["case_id"], path)
+    known: dict[str, tuple[float, bool]] = {}
+    for row, cells in enumerate(table.itertuples(index=False, name=None)):
+        entry = _parse_survival(cells[1:], columns, flipped, f"{path}, line {row + 2}")
+        first = known.setdefault(cells[0], entry)
+        if first != entry and not (np.isnan(first[0]) and np.isnan(entry[0])):
+            raise DataError(
+                f"{path}, line {row + 2}: case {cells[0]!r} has (months, event) {entry} here but {first} earlier; "
+                f"a case needs one follow-up"
+            )
+    times, events = zip(*known.values()) if known else ((), ())
+    return SurvivalTable(tuple(known), Survival(np.array(times, np.float64), np.array(events, bool)))
+
+
+def _parse_survival(cells: Sequence[str], columns: Sequence[str], flipped: bool, where: str) -> tuple[float, bool]:
+    if any(cell.casefold() in _BLANK for cell in cells):
+        return np.nan, False
+    numbers = pd.to_numeric(pd.Series(cells), errors="coerce").to_numpy(np.float64)
+    months, status = numbers
+    if not (np.isfinite(months) and months >= 0):
+        raise DataError(f"{where}, column {columns[0]!r}: {cells[0]!r} is no follow-up in months (a number >= 0)")
+    if status not in (0, 1):
+        raise DataError(f"{where}, column {columns[1]!r}: {cells[1]!r} must be 0 or 1")
+    return float(months), bool(status) != flipped
+
+
+def read_gene_table(path: str | os.PathLike, *, suffix: str | None = None) -> GeneTable:
+    """Expression from genes.npz, from a CSV (case_id + one column per gene), or from an MCAT / PORPOISE table.
+
+    In a CSV with columns `*_rnaseq` those are the genes (read by name, suffix removed); otherwise every column but
+    case_id and unnamed index columns. Of several rows of a case the first is kept and the others are counted.
+
+    Args:
+      path: .npz with case_id, gene, values; or CSV, plain, zipped or gzipped.
+      suffix: take the columns with this suffix instead, e.g. "_cnv".
+
+    Returns:
+      The table; empty cells are NaN.
+
+    Raises:
+      DataError: missing or non-numeric fields; names file, line and column.
+    """
+    if str(path).endswith(".npz"):
+        with np.load(path, allow_pickle=False) as stored:
+            absent = {"case_id", "gene", "values"} - set(stored.files)
+            if absent:
+                raise DataError(f"{path}: no field {sorted(absent)}; expected case_id, gene, values")
+            case_id, gene = ([str(item) for item in stored[name]] for name in ("case_id", "gene"))
+            return GeneTable(tuple(case_id), tuple(gene), stored["values"].astype(np.float32))
+    table = pd.read_csv(path, encoding="utf-8-sig", low_memory=False, dtype={"case_id": str})
+    _require(table, ("case_id",), path)
+    _check_case_ids(table["case_id"], path)
+    columns = _gene_columns(list(table.columns), suffix, path)
+    values = np.column_stack([_numeric(table[name], path) for name in columns])
+    keep = ~table["case_id"].duplicated().to_numpy()
+    suffix = suffix or ("_rnaseq" if columns[0].endswith("_rnaseq") else "")
+    return GeneTable(
+        case_id=tuple(table["case_id"][keep]),
+        names=tuple(name.removesuffix(suffix) for name in columns),
+        values=values[keep],
+        n_duplicate_rows=int((~keep).sum()),
+    )
+
+
+def _gene_columns(columns: list[str], suffix: str | None, path: str | os.PathLike) -> list[str]:
+    found = [name for name in columns if name.endswith(suffix or "_rnaseq")]
+    if not found and suffix is None and not _NOT_GENES & (set(columns) - {"case_id"}):
+        found = [name for name in columns if name != "case_id" and name and not name.startswith("Unnamed:")]
+    if not found:
+        others = {end: sum(name.endswith(end) for name in columns) for end in ("_rnaseq", "_cnv", "_mut")}
+        raise DataError(
+            f"{path}: no gene column {'*' + (suffix or '_rnaseq')!r} among {_listed(columns)}; by suffix there are "
+            f"{others}: pass suffix= to read another kind"
+        )
+    return found
+
+
+def _numeric(column: pd.Series, path: str | os.PathLike) -> np.ndarray:
+    numbers = pd.to_numeric(column, errors="coerce")
+    bad = (numbers.isna() & column.notna()) | np.isinf(numbers)
+    if bad.any():
+        row = int(np.argmax(bad.to_numpy()))
+        raise DataError(f"{path}, line {row + 2}, column {column.name!r}: {column.iloc[row]!r} is no finite number")
+    return numbers.to_numpy(np.float32)
+
+
+def write_gene_table(table: GeneTable, path: str | os.PathLike) -> None:
+    """Writes case_id, gene, values as an uncompressed .npz; a killed writer leaves no file of that name.
+
+    Cases without genes are left out, so that reading them back reports them as absent.
+
+    Raises:
+      DataError: the name does not end in .npz.
+      StorageError: the folder is missing, full or not writable.
+    """
+    path = pathlib.Path(path)
+    if path.suffix != ".npz":
+        raise DataError(f"{path}: a gene table is written as .npz")
+    keep = np.flatnonzero(table.has_genes)
+    content = io.BytesIO()
+    np.savez(
+        content,
+        case_id=np.array([table.case_id[row] for row in keep], np.str_),
+        gene=np.array(table.names, np.str_),
+        values=table.values[keep],
+    )
+    with atomic.storage_errors(path):
+        os.replace(atomic.write_temporary(path.parent, path.name, content.getvalue()), path)
+        atomic.sync(path.parent)
+
+
+def read_ranking_table(path: str | os.PathLike) -> dict[str, float]:
+    """A precomputed gene ranking: CSV with the columns gene and p (the layout of the official code).
+
+    Returns:
+      gene -> p.
+
+    Raises:
+      DataError: missing columns, a p outside [0, 1], or a gene twice; names file, line and value.
+    """
+    table = _read_text(path, ("gene", "p"))
+    ranking: dict[str, float] = {}
+    for row, (gene, text) in enumerate(table.itertuples(index=False, name=None)):
+        p = pd.to_numeric(text, errors="coerce")
+        if not 0 <= p <= 1:
+            raise DataError(f"{path}, line {row + 2}, column 'p': {text!r} of gene {gene!r} is no p-value in [0, 1]")
+        if gene in ranking:
+            raise DataError(f"{path}, line {row + 2}: gene {gene!r} occurs twice")
+        ranking[gene] = float(p)
+    return ranking

@@ -1,0 +1,141 @@
+"""The linear layer every network is made of, and its initialisers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+LECUN_NORMAL = "lecun_normal_zero_bias"
+TORCH_DEFAULT = "torch_default"
+INITIALIZERS = (TORCH_DEFAULT, LECUN_NORMAL)
+
+Initializer = Callable[..., jax.Array]
+AffineParams = Mapping[str, jax.Array]
+"""{"kernel": [in, out], "bias": [out]}."""
+
+
+def symmetric_uniform(bound: float) -> Initializer:
+    """Initialiser drawing from Uniform(-bound, bound)."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def initializers(name: str, fan_in: int) -> tuple[Initializer, Initializer]:
+    """Kernel and bias initialisers of a linear layer (MKD specification, section 4.5).
+
+    Args:
+      name: `lecun_normal_zero_bias` (Normal(0, 1/sqrt(fan_in)), bias 0) or `torch_default` (both Uniform of half-width
+        1/sqrt(fan_in)).
+      fan_in: input width.
+
+    Returns:
+      (kernel initialiser, bias initialiser).
+
+    Raises:
+      ValueError: if the name is unknown.
+    """
+    scale = 1.0 / math.sqrt(fan_in)
+    if name == LECUN_NORMAL:
+        return nn.initializers.normal(scale), nn.initializers.zeros
+    if name == TORCH_DEFAULT:
+        return symmetric_uniform(scale), symmetric_uniform(scale)
+    raise ValueError(f"initialiser {name!r} is unknown; use one of {INITIALIZERS}")
+
+
+def operand(x: jax.Array, dtype: jnp.dtype | None) -> jax.Array:
+    """`x` in the compute dtype; None promotes it to at least float32."""
+    return x.astype(dtype if dtype is not None else jnp.promote_types(x.dtype, jnp.float32))
+
+
+def affine(params: AffineParams, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """`x @ kernel + bias` with operands in `dtype` and the sum in at least float32.
+
+    Args:
+      params: kernel [in, out], bias [out].
+      x: [..., in] float.
+      dtype: compute dtype of the operands; None keeps their own.
+
+    Returns:
+      [..., out] float32 (float64 for float64 parameters).
+    """
+    kernel, bias = params["kernel"], params["bias"]
+    total = jnp.promote_types(kernel.dtype, jnp.float32)
+    y = jnp.matmul(operand(x, dtype), operand(kernel, dtype), preferred_element_type=total)
+    return y + bias.reshape((1,) * (y.ndim - 1) + (-1,)).astype(total)
+
+
+def affine_columns(params: AffineParams, h: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """`affine` on feature-major activations: `kernel.T @ h + bias`.
+
+    Args:
+      params: kernel [in, out], bias [out].
+      h: [in, n] float.
+      dtype: compute dtype of the operands; None keeps their own.
+
+    Returns:
+      [out, n] float32 (float64 for float64 parameters).
+    """
+    return _contract(params, h, axis=0, dtype=dtype)
+
+
+def affine_to_columns(params: AffineParams, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """`affine` from row-major input to feature-major output.
+
+    Args:
+      params: kernel [in, out], bias [out].
+      x: [n, in] float.
+      dtype: compute dtype of the operands; None keeps their own.
+
+    Returns:
+      [out, n] float32 (float64 for float64 parameters).
+    """
+    return _contract(params, x, axis=1, dtype=dtype)
+
+
+def _contract(params: AffineParams, x: jax.Array, axis: int, dtype: jnp.dtype | None) -> jax.Array:
+    kernel, bias = params["kernel"], params["bias"]
+    total = jnp.promote_types(kernel.dtype, jnp.float32)
+    dims = (((0,), (axis,)), ((), ()))
+    y = jax.lax.dot_general(operand(kernel, dtype), _like(operand(x, dtype), kernel, dtype), dims, preferred_element_type=total)
+    return y + bias.astype(total)[:, None]
+
+
+def _like(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype | None) -> jax.Array:
+    # dot_general does not promote: float32 input must follow float64 parameters.
+    return x if dtype is not None else x.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+
+
+class Affine(nn.Module):
+    """A linear layer with bias whose parameters can also be read as arrays.
+
+    Attributes:
+      in_features: input width.
+      features: output width.
+      initializer: one of `INITIALIZERS`.
+      dtype: compute dtype of the operands; parameters and sums stay float32.
+    """
+
+    in_features: int
+    features: int
+    initializer: str = LECUN_NORMAL
+    dtype: jnp.dtype | None = None
+
+    def setup(self) -> None:
+        kernel_init, bias_init = initializers(self.initializer, self.in_features)
+        self.kernel = self.param("kernel", kernel_init, (self.in_features, self.features))
+        self.bias = self.param("bias", bias_init, (self.features,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in_features] to [..., features], see `affine`."""
+        return affine(self.weights(), x, self.dtype)
+
+    def weights(self) -> AffineParams:
+        """The parameters, for pure functions that run inside a chunk loop."""
+        return {"kernel": self.kernel, "bias": self.bias}

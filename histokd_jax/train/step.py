@@ -1,0 +1,121 @@
+"""Pure training and evaluation steps; nothing in them knows about files, epochs or methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from data_pipelines import schema
+from histokd_jax.train.state import TrainState
+from histokd_jax.types import Batch, Method
+
+BATCHING = ("packed", "padded", "grad_cache")
+
+
+def loss_and_gradients(
+    method: Method, stage: str, params: Any, extra: Any, batch: Batch, key: jax.Array, step: jax.Array
+) -> tuple[jax.Array, Mapping, Any, Any]:
+    """One gradient of the objective on the whole step.
+
+    Returns:
+      (loss, metrics, new extra state, gradients).
+    """
+
+    def objective(params):
+        outputs, new_extra = method.forward(params, {}, extra, batch, key, True)
+        loss, metrics = method.objective(outputs, batch, step, stage)
+        return loss, (metrics, new_extra)
+
+    (loss, (metrics, new_extra)), grads = jax.value_and_grad(objective, has_aux=True)(params)
+    return loss, metrics, new_extra, grads
+
+
+def cached_loss_and_gradients(
+    method: Method, stage: str, params: Any, extra: Any, batch: Batch, key: jax.Array, step: jax.Array
+) -> tuple[jax.Array, Mapping, Any, Any]:
+    """The same gradient with one bag in memory at a time (MKD specification, section 6, "grad_cache").
+
+    Pass 1 computes the slot outputs bag by bag; the objective gives their cotangents; pass 2 pulls these back bag by bag
+    with the same dropout masks. Needs one slide per row (padded layout). Extra state is left as it was.
+    """
+    row_fields = {k: v for k, v in batch.items() if k in schema.ROW_FIELDS}
+
+    def bag(params, row):
+        one = {**batch, **{k: v[row][None] for k, v in row_fields.items()}}
+        outputs, _ = method.forward(params, {}, extra, one, key, True)
+        return jax.tree.map(lambda o: o[row], outputs)
+
+    rows = jnp.arange(batch[schema.SEGMENT_IDS].shape[0])
+    outputs = jax.lax.map(lambda row: bag(params, row), rows)
+    (loss, metrics), cotangents = jax.value_and_grad(
+        lambda outputs: method.objective(outputs, batch, step, stage), has_aux=True
+    )(outputs)
+
+    def pull(total, row):
+        _, vjp = jax.vjp(lambda params: bag(params, row), params)
+        (grads,) = vjp(jax.tree.map(lambda c: c[row], cotangents))
+        return jax.tree.map(jnp.add, total, grads), None
+
+    grads, _ = jax.lax.scan(pull, jax.tree.map(jnp.zeros_like, params), rows)
+    return loss, metrics, extra, grads
+
+
+def make_train_step(
+    method: Method, tx: optax.GradientTransformation, stage: str, batching: str = "packed"
+) -> Callable[[TrainState, Batch], TrainState]:
+    """The pure training step; metrics are added to `state.totals`, so that no step waits for the host.
+
+    Args:
+      method: what to train.
+      tx: optimizer.
+      stage: name of the stage, handed to the objective.
+      batching: "packed" and "padded" share one graph; "grad_cache" holds one bag at a time.
+
+    Raises:
+      ValueError: unknown batching.
+    """
+    if batching not in BATCHING:
+        raise ValueError(f"train.batching={batching!r}: expected one of {', '.join(BATCHING)}")
+    gradients = cached_loss_and_gradients if batching == "grad_cache" else loss_and_gradients
+
+    def train_step(state: TrainState, batch: Batch) -> TrainState:
+        key = jax.random.fold_in(state.rng, state.step)
+        loss, metrics, extra, grads = gradients(method, stage, state.params, state.extra, batch, key, state.step)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        one = jnp.ones(())
+        metrics = {**metrics, "loss": (loss, one), "grad_norm": (optax.global_norm(grads), one)}
+        totals = {
+            name: (total + metrics[name][0], count + metrics[name][1]) for name, (total, count) in state.totals.items()
+        }
+        return state.replace(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            extra=extra,
+            opt_state=opt_state,
+            totals=totals,
+        )
+
+    return train_step
+
+
+def metric_names(method: Method, stage: str, params: Any, extra: Any, batch: Any) -> list[str]:
+    """Names of the metrics a training step reports, found by tracing the objective without running it."""
+
+    def metrics(params, extra, batch, key):
+        outputs, _ = method.forward(params, {}, extra, batch, key, True)
+        return method.objective(outputs, batch, jnp.zeros((), jnp.int32), stage)[1]
+
+    return sorted([*jax.eval_shape(metrics, params, extra, batch, jax.random.key(0)), "loss", "grad_norm"])
+
+
+def make_predict_step(method: Method, modes: tuple[str, ...]) -> Callable[..., dict[str, Mapping[str, jax.Array]]]:
+    """A pure function (params, extra, batch, key) -> {mode: predictions}; `key` turns on dropout in the teachers."""
+
+    def predict(params, extra, batch, key=None):
+        return {mode: method.predict(params, {}, extra, batch, mode, key) for mode in modes}
+
+    return predict
