@@ -45,6 +45,7 @@ def base() -> ConfigDict:
             dir="",  # data set directory (manifest.json, shards, tables/)
             labels="",  # table of labels; empty: tables/labels.csv of the data set
             genes="",  # table of genes; empty: tables/genes.npz of the data set
+            cnv="",  # table of copy numbers, only for variants with two gene streams
             survival="",  # table of survival; empty: tables/survival.csv of the data set
             unit="case",  # case: one slide per case | slide: every slide is a sample, tables keyed by slide id
             feat_dim=0,  # 0: taken from the data set; otherwise it must match

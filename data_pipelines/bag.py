@@ -83,7 +83,7 @@ def check_features(slide_id: str, features: np.ndarray, feat_dim: int, dtype: np
             row, column = (int(i) for i in np.argwhere(bad)[0])
             raise BagError(
                 f"slide {slide_id!r}: features[{start + row}, {column}] is {rows[row, column]}, expected a finite "
-                f"value within +-{float(np.finfo(dtype).max)} ({dtype}); repair the output of the encoder, or rescale it"
+                f"value within +-{float(np.finfo(dtype).max)} ({dtype}); repair or rescale the encoder's output"
             )
 
 

@@ -81,6 +81,14 @@ def _read_varint(data: bytes, start: int, width: int) -> int:
     return value
 
 
+def _read_int(record: bytes, place: slice) -> int:
+    """One of the two integers; its continuation bits count as framing."""
+    data = record[place]
+    if [byte >> 7 for byte in data] != [1] * (_INT_WIDTH - 1) + [0]:
+        raise ValueError(f"the integer at byte {place.start} is {data.hex()}, not a varint of {_INT_WIDTH} bytes")
+    return _read_varint(data, 0, _INT_WIDTH)
+
+
 def _bytes_frame(key: str, size: int, widths: tuple[int, int, int, int]) -> bytes:
     """Framing in front of a bytes value: map entry, key, Feature, BytesList, value."""
     name = key.encode()
@@ -209,11 +217,10 @@ def decode(record: bytes, feat_dim: int, dtype: str, *, verify: bool = True) -> 
     stored = np.dtype(FEATURE_DTYPES[dtype]).newbyteorder("<")
     frame = _layout_of(record, feat_dim * stored.itemsize)
     key = record[frame.slide_id]
-    chunk = _read_varint(record, frame.chunk.start, _INT_WIDTH)
+    chunk, expected = _read_int(record, frame.chunk), _read_int(record, frame.crc)
     if verify:
         view = memoryview(record)
         found = _crc(view[frame.patches], view[frame.coords], key, chunk)
-        expected = _read_varint(record, frame.crc.start, _INT_WIDTH)
         if found != expected:
             raise ValueError(
                 f"checksum mismatch: the content has CRC-32 {found:#010x}, the record says {expected:#010x}"

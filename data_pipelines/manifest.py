@@ -135,7 +135,8 @@ class Manifest:
             ) from error
         _check_totals(manifest, facts)
         _check_slides(manifest)
-        _check_sizes(manifest)
+        for shard in shards:
+            _check_size(manifest, shard)
         return manifest
 
     def check_shards(self, *, full: bool = False) -> None:
@@ -164,21 +165,21 @@ class Manifest:
 
 
 def open_shard(manifest: Manifest, index: int) -> ArrayRecordReader:
-    """Opens a shard for random access and checks its record count.
+    """Opens a shard for random access and checks its size and record count.
 
-    A shard that was cut short can open as 0 records without an error.
+    ArrayRecord opens a missing file, or one that was cut short, as 0 records without an error.
 
     Raises:
-      ShardReadError: if it cannot be opened or holds another number of records than the manifest says.
+      ShardReadError: if it cannot be opened, or has another size or record count than the manifest says.
     """
     shard = manifest.shards[index]
+    _check_size(manifest, shard)
     try:
         reader = ArrayRecordReader(str(manifest.directory / shard.file), options=READER_OPTIONS)
         found = reader.num_records()
     except RuntimeError as error:
         raise ShardReadError(manifest.directory, shard.file, None, f"cannot be opened ({error})") from error
-    if found != shard.n_records:
-        reader.close()
+    if found != shard.n_records:  # The reader is dropped unclosed: closing a damaged file raises an error of its own.
         reason = f"holds {found} records, the manifest says {shard.n_records}"
         raise ShardReadError(manifest.directory, shard.file, None, reason)
     return reader
@@ -285,12 +286,11 @@ def _check_slides(manifest: Manifest) -> None:
             raise ShardReadError(manifest.directory, shard.file, None, reason)
 
 
-def _check_sizes(manifest: Manifest) -> None:
-    for shard in manifest.shards:
-        try:
-            found = (manifest.directory / shard.file).stat().st_size
-        except OSError as error:
-            raise ShardReadError(manifest.directory, shard.file, None, f"cannot be opened ({error})") from error
-        if found != shard.n_bytes:
-            reason = f"has {found} bytes, the manifest says {shard.n_bytes}"
-            raise ShardReadError(manifest.directory, shard.file, None, reason)
+def _check_size(manifest: Manifest, shard: Shard) -> None:
+    try:
+        found = (manifest.directory / shard.file).stat().st_size
+    except OSError as error:
+        raise ShardReadError(manifest.directory, shard.file, None, f"cannot be opened ({error})") from error
+    if found != shard.n_bytes:
+        reason = f"has {found} bytes, the manifest says {shard.n_bytes}"
+        raise ShardReadError(manifest.directory, shard.file, None, reason)

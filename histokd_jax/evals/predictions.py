@@ -7,15 +7,18 @@ labels) is read as -1. Anything else in the file is refused, so that arms and se
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import math
 import os
 import pathlib
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TextIO
 
 import numpy as np
+
+from data_pipelines.atomic import storage_errors, temporary
 
 COLUMNS = ("case_id", "slide_id", "fold", "mode", "label", "prob")
 UNLABELLED = -1
@@ -191,29 +194,30 @@ def read_predictions(path: str | os.PathLike[str]) -> Predictions:
     return table
 
 
-class atomic_writer:  # noqa: N801 (used as a function)
-    """Text stream to a temporary file beside `path`, moved into place when the block ends without an exception."""
+@contextlib.contextmanager
+def atomic_writer(path: str | os.PathLike[str]) -> Iterator[TextIO]:
+    """Text stream to a temporary file beside `path`, moved into place when the block ends without an exception.
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self._path = pathlib.Path(path)
+    Args:
+      path: target; its folder must exist.
 
-    def __enter__(self):
-        handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.", suffix=".tmp")
-        self._temporary = pathlib.Path(name)
-        self._stream = os.fdopen(handle, "w", encoding="utf-8", newline="")
-        return self._stream
+    Yields:
+      A UTF-8 text stream.
 
-    def __exit__(self, kind, value, traceback) -> None:
-        if kind is None:
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-        self._stream.close()
-        if kind is None:
-            # mkstemp makes private files; results are meant to be read by others.
-            os.chmod(self._temporary, 0o644)
-            os.replace(self._temporary, self._path)
-        else:
-            self._temporary.unlink(missing_ok=True)
+    Raises:
+      StorageError: if the file system refuses (no permission, disk full).
+    """
+    path = pathlib.Path(path)
+    scratch = temporary(path.parent, f"{path.name}.{os.getpid()}")
+    try:
+        with storage_errors(path), scratch.open("w", encoding="utf-8", newline="") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        with storage_errors(path):
+            os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _classes_of_header(path: pathlib.Path, header: list[str]) -> int:

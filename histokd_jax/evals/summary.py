@@ -6,6 +6,7 @@ Mean and *population* standard deviation are over folds (mkd.md section 8). An u
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from histokd_jax.evals.predictions import UNLABELLED, Predictions, atomic_writer
 
 FORMAT_VERSION = 1
 LEVEL = 0.95
+UNITS = ("patient", "slide")
 LABELS = {
     "auroc": "AUROC",
     "average_precision": "Average precision",
@@ -41,6 +43,27 @@ LABELS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class _Resampling:
+    resamples: int
+    seed: int
+    stratified: bool
+    unit: str
+
+    def __post_init__(self):
+        if self.unit not in UNITS:
+            raise ValueError(f"unit must be one of {UNITS}, got {self.unit!r}")
+
+    def draw(self, rows: Predictions) -> bs.Resamples:
+        ids = rows.case_id if self.unit == "patient" else rows.slide_id
+        options = {"resamples": self.resamples, "seed": self.seed, "stratified": self.stratified}
+        return bs.draw_resamples(ids, rows.fold, rows.label, **options)
+
+    def facts(self) -> dict[str, Any]:
+        how = f"{self.unit}s resampled within folds, fold metrics averaged, percentile interval"
+        return {**dataclasses.asdict(self), "level": LEVEL, "how": how}
+
+
 def metric_label(name: str, num_classes: int) -> str:
     """Name of a metric for readers, e.g. "AUROC (macro one-vs-rest)" with more than two classes."""
     macro = num_classes > 2 and name in ("auroc", "average_precision")
@@ -54,6 +77,7 @@ def summarise(
     bootstrap: int = 2000,
     seed: int = 0,
     stratified: bool = False,
+    unit: str = "patient",
     facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Metrics of every mode: per fold, mean, population standard deviation, bootstrap interval.
@@ -64,6 +88,8 @@ def summarise(
       bootstrap: resamples of patients within folds; 0 leaves the intervals undefined.
       seed: seed of the resampling.
       stratified: resample within (fold, class).
+      unit: what is resampled: "patient" (all slides of a patient together) or "slide". Slides of one patient are not
+        independent, so "slide" is only for data of a single patient, and its intervals are too narrow.
       facts: extra top-level entries, e.g. {"simulated": True, "task": "ER"}.
 
     Returns:
@@ -75,12 +101,13 @@ def summarise(
       ValueError: if the class counts differ, a row has no label, or a fact has the name of an entry.
     """
     _check_labelled(table, num_classes)
+    how = _Resampling(bootstrap, seed, stratified, unit)
     summary = {
         "format_version": FORMAT_VERSION,
         "num_classes": num_classes,
         "folds": list(table.folds),
-        "bootstrap": _bootstrap_facts(bootstrap, seed, stratified),
-        "modes": {mode: _summarise_mode(table.of_mode(mode), bootstrap, seed, stratified) for mode in table.modes},
+        "bootstrap": how.facts(),
+        "modes": {mode: _summarise_mode(table.of_mode(mode), how) for mode in table.modes},
     }
     clash = sorted(set(summary) & set(facts or {}))
     if clash:
@@ -95,6 +122,7 @@ def compare(
     bootstrap: int = 2000,
     seed: int = 0,
     stratified: bool = False,
+    unit: str = "patient",
 ) -> dict[str, Any]:
     """What distillation bought: paired difference (distilled - control) of every metric in the modes both have.
 
@@ -108,6 +136,8 @@ def compare(
       bootstrap: resamples.
       seed: seed of the resampling.
       stratified: resample within (fold, class).
+      unit: what is resampled: "patient" (all slides of a patient together) or "slide". Slides of one patient are not
+        independent, so "slide" is only for data of a single patient, and its intervals are too narrow.
 
     Returns:
       {"bootstrap": {...}, "modes": {mode: {"n_patients", "metrics": {name: {"distilled", "control", "difference",
@@ -120,12 +150,13 @@ def compare(
     if not modes:
         raise ValueError(f"the arms share no mode: distilled {distilled.modes}, control {control.modes}")
     _check_labelled(distilled, control.num_classes)
+    how = _Resampling(bootstrap, seed, stratified, unit)
     compared = {}
     for mode in modes:
         a, b = distilled.of_mode(mode).sorted(), control.of_mode(mode).sorted()
         _check_paired(a, b, mode)
-        compared[mode] = _compare_mode(a, b, bootstrap, seed, stratified)
-    return to_json({"bootstrap": _bootstrap_facts(bootstrap, seed, stratified), "modes": compared})
+        compared[mode] = _compare_mode(a, b, how)
+    return to_json({"bootstrap": how.facts(), "modes": compared})
 
 
 def verdict(difference: float, low: float, high: float, *, lower_is_better: bool = False) -> str:
@@ -157,7 +188,8 @@ def print_table(summary: Mapping[str, Any]) -> str:
     Returns:
       One line per metric and mode: mean +- population std over folds and bootstrap interval.
     """
-    title = f"{len(summary['folds'])} fold(s); mean +- population std over folds [bootstrap 95 % CI over patients]"
+    unit = summary["bootstrap"]["unit"]
+    title = f"{len(summary['folds'])} fold(s); mean +- population std over folds [bootstrap 95 % CI over {unit}s]"
     if summary.get("simulated"):
         title = f"simulated bags; {title}"
     if summary.get("patient_overlap"):
@@ -202,8 +234,8 @@ def to_json(value: Any) -> Any:
     return value
 
 
-def _summarise_mode(rows: Predictions, resamples: int, seed: int, stratified: bool) -> dict[str, Any]:
-    drawn = _draw(rows, resamples, seed, stratified)
+def _summarise_mode(rows: Predictions, how: _Resampling) -> dict[str, Any]:
+    drawn = how.draw(rows)
     samples = bs.bootstrap_fold_means(rows.label, rows.probs, rows.fold, drawn.weights)
     folds, reasons = _fold_values(rows)
     metrics = {}
@@ -225,8 +257,8 @@ def _summarise_mode(rows: Predictions, resamples: int, seed: int, stratified: bo
     }
 
 
-def _compare_mode(a: Predictions, b: Predictions, resamples: int, seed: int, stratified: bool) -> dict[str, Any]:
-    drawn = _draw(a, resamples, seed, stratified)
+def _compare_mode(a: Predictions, b: Predictions, how: _Resampling) -> dict[str, Any]:
+    drawn = how.draw(a)
     samples_a = bs.bootstrap_fold_means(a.label, a.probs, a.fold, drawn.weights)
     samples_b = bs.bootstrap_fold_means(b.label, b.probs, b.fold, drawn.weights)
     (folds_a, reasons), (folds_b, _) = _fold_values(a), _fold_values(b)
@@ -248,10 +280,6 @@ def _compare_mode(a: Predictions, b: Predictions, resamples: int, seed: int, str
             "reason": _join(reasons[name], interval.reason),
         }
     return {"n_patients": len(np.unique(a.case_id)), "n_redrawn_resamples": drawn.n_redrawn, "metrics": metrics}
-
-
-def _draw(rows: Predictions, resamples: int, seed: int, stratified: bool) -> bs.Resamples:
-    return bs.draw_resamples(rows.case_id, rows.fold, rows.label, resamples=resamples, seed=seed, stratified=stratified)
 
 
 def _fold_values(rows: Predictions) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -279,17 +307,6 @@ def _mean_std(values: np.ndarray) -> dict[str, Any]:
 def _counts(rows: Predictions, fold: int) -> dict[str, Any]:
     labels = rows.label[rows.fold == fold]
     return {"fold": fold, "n": len(labels), "per_class": np.bincount(labels, minlength=rows.num_classes)}
-
-
-def _bootstrap_facts(resamples: int, seed: int, stratified: bool) -> dict[str, Any]:
-    return {
-        "resamples": resamples,
-        "seed": seed,
-        "stratified": stratified,
-        "level": LEVEL,
-        "unit": "patient",
-        "how": "patients resampled within folds, fold metrics averaged, percentile interval",
-    }
 
 
 def _t_facts(t: bs.PairedT) -> dict[str, Any]:

@@ -8,9 +8,7 @@ import jax.numpy as jnp
 from histokd_jax.losses._masking import accumulate, masked_mean, matmul, require_batch, unit, valid_rows
 
 
-def infonce_loss(
-    a: jax.Array, b: jax.Array, *, temperature: float = 0.07, where: jax.Array | None = None
-) -> jax.Array:
+def infonce_loss(a: jax.Array, b: jax.Array, *, temperature: float = 0.07, where: jax.Array | None = None) -> jax.Array:
     """Symmetric InfoNCE with in-batch negatives (arXiv 1807.03748): the memory-free relative of CRD.
 
     Mean of the two cross entropies over `unit(a) unit(b)^T / temperature` whose positives lie on the diagonal. Equals

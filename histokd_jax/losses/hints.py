@@ -25,7 +25,9 @@ def fitnet_loss(student: jax.Array, teacher: jax.Array, *, where: jax.Array | No
       ValueError: if the shapes differ, because the identity regressor is then not defined.
     """
     if student.shape != teacher.shape:
-        raise ValueError(f"fitnet_loss uses the identity regressor and needs equal shapes, got {student.shape} and {teacher.shape}")
+        raise ValueError(
+            f"fitnet_loss uses the identity regressor and needs equal shapes, got {student.shape} and {teacher.shape}"
+        )
     square = (accumulate(student, where) - accumulate(teacher, where)) ** 2
     return masked_mean(jnp.mean(square.reshape(square.shape[0], -1), axis=-1), where)
 

@@ -28,7 +28,8 @@ def mean_covariance(x: jax.Array, where: jax.Array | None = None) -> tuple[jax.A
 def coral_loss(a: jax.Array, b: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
     """Mean-plus-covariance alignment of MKD (section 5.2), the DomainBed variant of Deep CORAL.
 
-    `|mu_a - mu_b|^2 / d + |Cov_a - Cov_b|_F^2 / d^2`. Not the classic CORAL constant 1 / (4 d^2), which has no mean term.
+    `|mu_a - mu_b|^2 / d + |Cov_a - Cov_b|_F^2 / d^2`. The classic CORAL differs: constant
+    1 / (4 d^2) and no mean term.
 
     Args:
       a: [b, d] float embeddings.

@@ -1,0 +1,1 @@
+"""Learning systems, one package each; `registry` finds them by name."""

@@ -103,7 +103,9 @@ def _contract(params: AffineParams, x: jax.Array, axis: int, dtype: jnp.dtype | 
     kernel, bias = params["kernel"], params["bias"]
     total = jnp.promote_types(kernel.dtype, jnp.float32)
     dims = (((0,), (axis,)), ((), ()))
-    y = jax.lax.dot_general(operand(kernel, dtype), _like(operand(x, dtype), kernel, dtype), dims, preferred_element_type=total)
+    y = jax.lax.dot_general(
+        operand(kernel, dtype), _like(operand(x, dtype), kernel, dtype), dims, preferred_element_type=total
+    )
     return y + bias.astype(total)[:, None]
 
 
@@ -128,6 +130,7 @@ class Affine(nn.Module):
     dtype: jnp.dtype | None = None
 
     def setup(self) -> None:
+        """Declares the layers."""
         kernel_init, bias_init = initializers(self.initializer, self.in_features)
         self.kernel = self.param("kernel", kernel_init, (self.in_features, self.features))
         self.bias = self.param("bias", bias_init, (self.features,))

@@ -68,6 +68,8 @@ class BilinearFusion(nn.Module):
     dtype: jnp.dtype | None = None
 
     def setup(self) -> None:
+        """Declares the layers."""
+
         def dense(fan_in: int, out: int) -> Affine:
             return Affine(fan_in, out, self.initializer, self.dtype)
 
@@ -122,6 +124,7 @@ class ConcatFusion(nn.Module):
     dtype: jnp.dtype | None = None
 
     def setup(self) -> None:
+        """Declares the layers."""
         self.encode = Affine(2 * self.width, 2 * self.width, self.initializer, self.dtype)
         self.merge = Affine(2 * self.width, self.width, self.initializer, self.dtype)
 

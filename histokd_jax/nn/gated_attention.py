@@ -37,7 +37,9 @@ def gated_scores(params: AttentionParams, h: jax.Array, dtype: jnp.dtype | None 
     Returns:
       [1, n] float32 (float64 for float64 parameters).
     """
-    gate = jnp.tanh(affine_columns(params["tanh"], h, dtype)) * jax.nn.sigmoid(affine_columns(params["sigmoid"], h, dtype))
+    gate = jnp.tanh(affine_columns(params["tanh"], h, dtype)) * jax.nn.sigmoid(
+        affine_columns(params["sigmoid"], h, dtype)
+    )
     return affine_columns(params["score"], gate, dtype)
 
 
@@ -57,6 +59,7 @@ class GatedAttention(nn.Module):
     dtype: jnp.dtype | None = None
 
     def setup(self) -> None:
+        """Declares the layers."""
         self.tanh = Affine(self.width, self.hidden, self.initializer, self.dtype)
         self.sigmoid = Affine(self.width, self.hidden, self.initializer, self.dtype)
         self.score = Affine(self.hidden, 1, self.initializer, self.dtype)
@@ -111,7 +114,9 @@ class PatchFeatures:
           (h [H, n] in the compute dtype, scores [1, n] in at least float32).
         """
         if aux and self.input_rate:
-            x = hash_dropout(operand(x, self.dtype).T, aux[0], segment_ids, positions, self.input_rate, self.layer + 1).T
+            x = hash_dropout(
+                operand(x, self.dtype).T, aux[0], segment_ids, positions, self.input_rate, self.layer + 1
+            ).T
         h = operand(jax.nn.relu(affine_to_columns(params["proj"], x, self.dtype)), self.dtype)
         if aux:
             h = hash_dropout(h, aux[0], segment_ids, positions, self.rate, self.layer)
@@ -138,6 +143,7 @@ class BagEncoder(nn.Module):
     chunk: int = 1024
 
     def setup(self) -> None:
+        """Declares the layers."""
         self.proj = Affine(self.feat_dim, self.width, self.initializer)
         self.attention = GatedAttention(self.width, self.hidden, self.initializer)
 

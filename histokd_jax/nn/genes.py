@@ -76,6 +76,7 @@ class TokenEncoder(nn.Module):
     dtype: jnp.dtype | None = None
 
     def setup(self) -> None:
+        """Declares the layers."""
         self.proj = Affine(self.spec.token_size, self.width, self.initializer, self.dtype)
 
     def __call__(self, genes: jax.Array, seed: jax.Array | None = None) -> jax.Array:
@@ -117,6 +118,7 @@ class GeneEncoder(nn.Module):
     dtype: jnp.dtype | None = None
 
     def setup(self) -> None:
+        """Declares the layers."""
         self.tokens = TokenEncoder(self.spec, self.width, self.layer, self.initializer, self.dtype)
         self.attention = GatedAttention(self.width, self.hidden, self.initializer, self.dtype)
 
@@ -160,6 +162,7 @@ class TwoStreamGeneEncoder(nn.Module):
     dtype: jnp.dtype | None = None
 
     def setup(self) -> None:
+        """Declares the layers."""
         common = (self.initializer, self.dtype)
         self.mrna = TokenEncoder(self.spec, self.width, self.layer, *common)
         self.cnv = TokenEncoder(self.spec, self.width, self.layer + TOKEN_DROPOUT_LAYERS, *common)

@@ -169,8 +169,12 @@ def _check_summary(run: Run) -> None:
 def _check_control(run: Run, control: Run) -> None:
     nonzero = {key: value for key, value in lambdas(control.config).items() if value != 0}
     if nonzero:
-        raise RunDirError(f"{control.directory / 'config.json'}: the control must have every lambda at 0, has {nonzero}")
+        raise RunDirError(
+            f"{control.directory / 'config.json'}: the control must have every lambda at 0, has {nonzero}"
+        )
     for key in ("simulated", "data_fingerprint", "split_fingerprint"):
         ours, theirs = run.manifest.get(key), control.manifest.get(key)
         if ours != theirs:
-            raise RunDirError(f"{control.directory}: {key} is {theirs!r}, the distilled run has {ours!r}: no fair control")
+            raise RunDirError(
+                f"{control.directory}: {key} is {theirs!r}, the distilled run has {ours!r}: no fair control"
+            )

@@ -19,7 +19,8 @@ header h1 { font-size:28px; line-height:1.2; margin:0 0 4px; letter-spacing:-0.0
 header p { margin:0; color:var(--soft); }
 h2 { font-size:20px; margin:0 0 4px; }
 h3 { font-size:16px; margin:24px 0 4px; }
-section { background:var(--card); border:1px solid var(--line); border-radius:10px; padding:22px 24px; margin-top:20px; }
+section { background:var(--card); border:1px solid var(--line); border-radius:10px; padding:22px 24px;
+  margin-top:20px; }
 p { margin:6px 0 10px; max-width:78ch; }
 .soft, figcaption, caption, .note { color:var(--soft); font-size:13.5px; }
 .banner { background:var(--warn-bg); color:var(--warn-ink); border:1px solid var(--warn-line); border-radius:8px;

@@ -66,8 +66,10 @@ def cached_loss_and_gradients(
 
 def make_train_step(
     method: Method, tx: optax.GradientTransformation, stage: str, batching: str = "packed"
-) -> Callable[[TrainState, Batch], TrainState]:
-    """The pure training step; metrics are added to `state.totals`, so that no step waits for the host.
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, jax.Array]]:
+    """The pure training step (state, batch, lr) -> (state, loss).
+
+    Metrics are added to `state.totals`, so that no step waits for the host.
 
     Args:
       method: what to train.
@@ -82,22 +84,24 @@ def make_train_step(
         raise ValueError(f"train.batching={batching!r}: expected one of {', '.join(BATCHING)}")
     gradients = cached_loss_and_gradients if batching == "grad_cache" else loss_and_gradients
 
-    def train_step(state: TrainState, batch: Batch) -> TrainState:
+    def train_step(state: TrainState, batch: Batch, lr: jax.Array) -> tuple[TrainState, jax.Array]:
         key = jax.random.fold_in(state.rng, state.step)
         loss, metrics, extra, grads = gradients(method, stage, state.params, state.extra, batch, key, state.step)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates = jax.tree.map(lambda u: -lr.astype(u.dtype) * u, updates)
         one = jnp.ones(())
         metrics = {**metrics, "loss": (loss, one), "grad_norm": (optax.global_norm(grads), one)}
         totals = {
             name: (total + metrics[name][0], count + metrics[name][1]) for name, (total, count) in state.totals.items()
         }
-        return state.replace(
+        state = state.replace(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             extra=extra,
             opt_state=opt_state,
             totals=totals,
         )
+        return state, loss
 
     return train_step
 

@@ -86,19 +86,13 @@ def test_encode_of_strided_input_equals_that_of_a_copy():
     assert strided == codec.encode(patches[::2, ::2].copy(), coords[::2].copy(), "s", 0)
 
 
-def test_any_flipped_bit_is_refused_or_changes_the_record_visibly():
-    patches, coords = _chunk(3, 4)
-    record = codec.encode(patches, coords, "slide", 7)
+def test_every_flipped_bit_is_noticed():
+    record = codec.encode(*_chunk(3, 4), "slide", 7)
     for bit in range(len(record) * 8):
         broken = bytearray(record)
         broken[bit // 8] ^= 1 << (bit % 8)
-        # The continuation bits of both integers carry no value; every other bit must be noticed.
-        try:
-            back = codec.decode(bytes(broken), 4, "float16")
-        except ValueError:
-            continue
-        assert len(record) - bit // 8 <= 5 or back.chunk == 7, f"bit {bit} went unnoticed"
-        np.testing.assert_array_equal(back.patches, patches)
+        with pytest.raises(ValueError):
+            codec.decode(bytes(broken), 4, "float16")
 
 
 def test_crc_is_checked_only_on_request():
@@ -113,7 +107,7 @@ def test_crc_is_checked_only_on_request():
 @pytest.mark.parametrize("dim,dtype", [(5, "float16"), (4, "float32"), (16, "float32")])
 def test_wrong_width_or_dtype_is_refused(dim, dtype):
     record = codec.encode(*_chunk(3, 4), "slide", 7)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="no multiple|framing|too few"):
         codec.decode(record, dim, dtype)
 
 

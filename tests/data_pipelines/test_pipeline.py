@@ -1,6 +1,7 @@
 """The Grain pipeline: exact batches, determinism, resume, process sharding, and refusals."""
 
 import dataclasses
+import pathlib
 import subprocess
 import sys
 
@@ -22,6 +23,7 @@ from data_pipelines.pipeline import (
 from data_pipelines.reader import BagReader
 from data_pipelines.writer import DatasetWriter
 
+ROOT = pathlib.Path(__file__).parents[2]
 FEAT_DIM, CHUNK = 6, 8
 
 
@@ -311,4 +313,4 @@ from jax._src import xla_bridge
 assert not xla_bridge._backends, xla_bridge._backends
 assert "tensorflow" not in sys.modules and "torch" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=ROOT)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from data_pipelines.errors import StorageError
 from histokd_jax.evals import predictions as P
 
 
@@ -85,9 +86,9 @@ def test_nan_probability_is_refused_before_writing():
 def test_a_writer_that_fails_leaves_the_old_file_and_no_litter(tmp_path):
     path = tmp_path / "p.csv"
     path.write_text("old")
-    with pytest.raises(RuntimeError), P.atomic_writer(path) as stream:
+    with pytest.raises(KeyError), P.atomic_writer(path) as stream:
         stream.write("half")
-        raise RuntimeError
+        raise KeyError
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["p.csv"]
 
 
@@ -96,3 +97,8 @@ def test_concatenate_refuses_duplicates_and_mixed_classes():
         P.concatenate([table(), table()])
     with pytest.raises(P.PredictionsError, match=r"\[2, 3\] classes"):
         P.concatenate([table(), table(3)])
+
+
+def test_a_folder_that_does_not_exist_is_a_storage_error_naming_the_target(tmp_path):
+    with pytest.raises(StorageError, match="p.csv failed"):
+        P.write_predictions(tmp_path / "nowhere" / "p.csv", table())

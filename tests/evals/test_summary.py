@@ -132,3 +132,15 @@ def test_print_table_lists_every_mode_and_marks_simulated_bags():
     t1 = t.where(t.fold == 0)
     t1 = P.make_predictions(t1.case_id, t1.slide_id, 0, t1.mode, np.zeros(len(t1), int), t1.probs)
     assert "n/a" in S.print_table(S.summarise(t1, num_classes=2, bootstrap=20))
+
+
+def test_slides_of_a_single_patient_need_the_slide_as_unit():
+    t = table(n=30)
+    t = P.make_predictions(["one"] * 30, t.slide_id, t.fold, t.mode, t.label, t.probs)
+    by_patient, by_slide = (S.summarise(t, num_classes=2, bootstrap=50, unit=u) for u in ("patient", "slide"))
+    row = by_patient["modes"]["pathology"]["metrics"]["auroc"]
+    assert row["ci"] == [None, None] and row["reason"] == "fold 0 holds one patient: nothing to resample"
+    assert by_slide["modes"]["pathology"]["metrics"]["auroc"]["ci"][0] is not None
+    assert by_slide["bootstrap"]["unit"] == "slide" and "over slides" in S.print_table(by_slide)
+    with pytest.raises(ValueError, match="unit must be one of"):
+        S.summarise(t, num_classes=2, unit="patch")

@@ -1,4 +1,4 @@
-"""The three networks of MKD: student S_P, multimodal teacher T_M, genomic teacher T_G (specification sections 4 and 12)."""
+"""The three networks of MKD: student S_P, multimodal teacher T_M, genomic teacher T_G (specification 4 and 12)."""
 
 from __future__ import annotations
 
@@ -96,6 +96,7 @@ class StudentNet(nn.Module):
     spec: NetworkSpec
 
     def setup(self) -> None:
+        """Declares the layers."""
         self.bag = _bag_encoder(self.spec, 0.0, LECUN_NORMAL)
         self.head = Affine(self.spec.width, self.spec.num_classes, LECUN_NORMAL, self.spec.dtype)
 
@@ -125,6 +126,7 @@ class GenomicNet(nn.Module):
     spec: NetworkSpec
 
     def setup(self) -> None:
+        """Declares the layers."""
         self.genes = _gene_encoder(self.spec, LECUN_NORMAL)
         self.head = Affine(self.spec.width, self.spec.num_classes, LECUN_NORMAL, self.spec.dtype)
 
@@ -149,6 +151,7 @@ class MultimodalNet(nn.Module):
     spec: NetworkSpec
 
     def setup(self) -> None:
+        """Declares the layers."""
         spec = self.spec
         self.bag = _bag_encoder(spec, spec.rate, spec.init_t_m)
         self.genes = _gene_encoder(spec, spec.init_t_m)

@@ -1,0 +1,44 @@
+"""Methods by name. Explicit, and imported on demand: a run loads the code of its own method only."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+
+from histokd_jax.types import Method
+
+METHODS = {"mkd": "histokd_jax.methods.mkd.method"}
+"""Name -> module with `make_method(config, data) -> Method`, `default_config()` and `validate(config)`."""
+
+
+def method_module(name: str) -> ModuleType:
+    """Imports the module of a method.
+
+    Args:
+      name: key of `METHODS`.
+
+    Returns:
+      The module.
+
+    Raises:
+      ValueError: if no method has this name.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method {name!r} is unknown; use one of {sorted(METHODS)}")
+    return importlib.import_module(METHODS[name])
+
+
+def get_method(name: str) -> Callable[..., Method]:
+    """The factory `(config, data) -> Method` of a method.
+
+    Args:
+      name: key of `METHODS`.
+
+    Returns:
+      `make_method` of its module.
+
+    Raises:
+      ValueError: if no method has this name.
+    """
+    return method_module(name).make_method

@@ -1,0 +1,90 @@
+"""Training curves of a run: validation AUC, total loss, each loss term, embedding norms."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from histokd_jax.report import plots
+from histokd_jax.report.html import Html, element, figure, join
+from histokd_jax.report.run_dir import Run
+
+COORDINATES = frozenset({"step", "epoch", "split", "stage", "fold"})
+# What a train record holds beside loss terms: accuracies, norms, learning rate, gradient sizes, speed, memory.
+NOT_A_TERM = re.compile(
+    r"^(loss$|norm|acc|lr|learning_rate|grad|param|update|skipped|time|sec|wall|fill|mem|n_)|per_s|auc"
+)
+Series = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def is_auc(name: str) -> bool:
+    """Is this the name of a validation AUC?"""
+    return re.search(r"au(ro)?c", name) is not None
+
+
+def is_norm(name: str) -> bool:
+    """Is this the name of an embedding norm (not of a gradient norm)?"""
+    return re.match(r"norm", name) is not None
+
+
+def is_loss_term(name: str) -> bool:
+    """Is this the name of one term of the loss?"""
+    return NOT_A_TERM.search(name) is None
+
+
+def panels(run: Run, split: str, chosen: Callable[[str], bool]) -> dict[str, Series]:
+    """Curves per metric and fold.
+
+    Args:
+      run: the run.
+      split: "train" or "val".
+      chosen: which metric names.
+
+    Returns:
+      metric -> {"fold k": (epoch, value)}; metrics that no record holds as a finite number are left out.
+    """
+    found: dict[str, Series] = {}
+    for fold, records in run.curves.items():
+        records = [record for record in records if record.get("split") == split]
+        for name in dict.fromkeys(key for record in records for key in record if key not in COORDINATES):
+            series = plots.finite_series((_abscissa(record), record.get(name)) for record in records)
+            if chosen(name) and len(series[0]):
+                found.setdefault(name, {})[f"fold {fold}"] = series
+    return found
+
+
+def training_figures(run: Run) -> Html:
+    """All training figures with captions; says so when the run directory holds no curves."""
+    groups: Mapping[str, tuple[dict[str, Series], str]] = {
+        "Validation AUC": (panels(run, "val", is_auc), "AUC on the validation part of each fold, by inference mode."),
+        "Loss": (
+            {**panels(run, "train", lambda n: n == "loss"), **panels(run, "val", lambda n: n == "loss")},
+            "Total training loss, mean per epoch, in nats (a sum of weighted terms).",
+        ),
+        "Loss terms": (panels(run, "train", is_loss_term), "Each unweighted term of the loss, mean per epoch."),
+        "Embedding norms": (
+            panels(run, "train", is_norm),
+            "Mean Euclidean norm of the embeddings. Falling norms can lower the orthogonality loss without "
+            "disentangling anything.",
+        ),
+    }
+    drawn = [_captioned(run, title, *group) for title, group in groups.items() if group[0]]
+    return join(drawn or [element("p", "No metrics.jsonl was found in this run directory.", class_="soft")])
+
+
+def _captioned(run: Run, title: str, series: dict[str, Series], caption: str) -> Html:
+    uri = plots.line_panels(series, x=_abscissa_title(run))
+    alt = f"{title} per fold: {', '.join(series)}"
+    return join([element("h3", title), figure(uri, alt=alt, caption=caption, marks=run.marks)])
+
+
+def _abscissa(record: Mapping[str, Any]) -> float:
+    return record.get("epoch", record["step"])
+
+
+def _abscissa_title(run: Run) -> str:
+    has_epochs = all("epoch" in record for records in run.curves.values() for record in records)
+    return "epoch" if has_epochs else "step"

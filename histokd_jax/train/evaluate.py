@@ -1,0 +1,77 @@
+"""Predictions of every slide of a split, each slide once, joined back to the cohort by manifest row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from data_pipelines import schema
+from data_pipelines.cohort import Cohort
+from data_pipelines.pipeline import StepSource, make_eval_dataset
+from histokd_jax.evals import classification
+from histokd_jax.evals.predictions import Predictions, concatenate, make_predictions
+from histokd_jax.train import sharding
+
+PredictFn = Callable[[Mapping[str, jax.Array], int], Mapping[str, Mapping[str, jax.Array]]]
+"""(batch, index of the step) -> {mode: {"prob": [S, C]}}."""
+
+
+def predict_source(
+    predict: PredictFn, source: StepSource, mesh: Mesh, *, threads: int, progress: Callable[[Iterable], Iterable] = iter
+) -> dict[str, np.ndarray]:
+    """Class probabilities of every slide of an evaluation plan.
+
+    Args:
+      predict: see `PredictFn`.
+      source: planned by `plan_evaluation`.
+      mesh: the mesh of the run.
+      threads: reader threads.
+      progress: wraps the iteration, e.g. in a progress bar.
+
+    Returns:
+      mode -> [n, C] float64, in the order of `source.table.slide_index`.
+    """
+    index = source.table.slide_index
+    place = {int(slide): row for row, slide in enumerate(index)}
+    out: dict[str, np.ndarray] = {}
+    for number, batch in enumerate(progress(make_eval_dataset(source, num_threads=threads))):
+        found = jax.device_get(
+            {mode: value["prob"] for mode, value in predict(sharding.put_batch(mesh, batch), number).items()}
+        )
+        slots = np.flatnonzero(batch[schema.SLIDE_INDEX] >= 0)
+        rows = [place[int(batch[schema.SLIDE_INDEX][slot])] for slot in slots]
+        for mode, prob in found.items():
+            out.setdefault(mode, np.full((len(index), prob.shape[1]), np.nan))[rows] = prob[slots]
+    return out
+
+
+def as_table(
+    probs: Mapping[str, np.ndarray], slide_index: np.ndarray, cohort: Cohort, fold: int
+) -> Predictions:
+    """Predictions of all modes with case, slide and label, in the order of `slide_index`."""
+    row_of = {int(slide): row for row, slide in enumerate(cohort.slide_index)}
+    rows = [row_of[int(slide)] for slide in slide_index]
+    case_id, slide_id = [cohort.case_id[r] for r in rows], [cohort.slide_id[r] for r in rows]
+    return concatenate(
+        [make_predictions(case_id, slide_id, fold, mode, cohort.label[rows], prob) for mode, prob in probs.items()]
+    )
+
+
+def val_metrics(probs: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, float]:
+    """auroc, average_precision, accuracy, ... per mode, as `<metric>_<mode>`."""
+    out: dict[str, Any] = {}
+    for mode, prob in probs.items():
+        for name, value in classification.classification_metrics(labels, prob).items():
+            out[f"{name}_{mode}"] = float(value)
+    return out
+
+
+def mean_auc(metrics: Mapping[str, float], modes: Iterable[str]) -> float:
+    """The stopping monitor: mean AUC over modes."""
+    return float(np.mean([metrics[f"auroc_{mode}"] for mode in modes]))
+
+

@@ -1,0 +1,281 @@
+"""The one training loop: a method on the data of one fold, resumable at every step.
+
+Order inside an epoch: steps, metrics off the device (NaN guard), evaluation, early stopping, checkpoint. A request to
+stop (signal) is honoured after the step in flight, with a checkpoint, at any step of an epoch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from data_pipelines import schema
+from data_pipelines.cohort import Cohort
+from data_pipelines.pipeline import StepIterator
+from histokd_jax.evals.predictions import Predictions
+from histokd_jax.train import evaluate, optim, sharding
+from histokd_jax.train.checkpoint import RunCheckpoints
+from histokd_jax.train.experiment import FoldData
+from histokd_jax.train.programs import Programs
+from histokd_jax.train.signals import Interrupted, StopRequest
+from histokd_jax.train.state import TrainState, init_params
+from histokd_jax.train.stopping import Stopper
+from histokd_jax.train.writer import MetricWriter
+from histokd_jax.types import Stage
+
+STUDENT_GROUP = "S_P"
+
+
+class DivergedError(RuntimeError):
+    """A loss or metric became NaN or infinite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a fold stands; saved with every checkpoint.
+
+    Attributes:
+      stage: index of the stage.
+      step: steps done in it.
+      epoch: epochs completed in it, evaluation included.
+      stopper: early-stopping state.
+    """
+
+    stage: int = 0
+    step: int = 0
+    epoch: int = 0
+    stopper: Stopper = Stopper()
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> Progress:
+        """Inverse of `to_json`."""
+        return cls(**{**facts, "stopper": Stopper(**facts["stopper"])})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """One fold of one arm.
+
+    Attributes:
+      cfg: resolved configuration.
+      programs: compiled steps, shared between folds.
+      cohort: samples, for joining predictions.
+      data: planned batches.
+      fold: number of the fold.
+      directory: the fold's folder.
+      identity: facts that must not change when resuming.
+      title: shown on the progress bar.
+    """
+
+    cfg: ConfigDict
+    programs: Programs
+    cohort: Cohort
+    data: FoldData
+    fold: int
+    directory: pathlib.Path
+    identity: Mapping[str, str]
+    title: str = ""
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Every mode of the method."""
+        return tuple(mode.name for mode in self.programs.method.modes)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fit:
+    """What training leaves.
+
+    Attributes:
+      params: the selected parameters.
+      extra: extra state.
+      progress: final progress of the last stage.
+      fill: valid patches / capacity of the training plan.
+    """
+
+    params: Any
+    extra: Any
+    progress: Progress
+    fill: float
+
+
+def fit(job: Job, stop: StopRequest) -> Fit:
+    """Trains all stages of a method on one fold, continuing from the newest checkpoint if there is one.
+
+    Raises:
+      Interrupted: a signal arrived; a checkpoint was written.
+      DivergedError: a loss became NaN or infinite.
+      CheckpointMismatchError: the folder holds checkpoints of another method, configuration or input.
+    """
+    method = job.programs.method
+    params, extra, rng = init_params(method, job.cfg.seed)
+    # The first batch of the plan, only for its shapes.
+    example = sharding.put_batch(job.programs.mesh, next(StepIterator(job.data.train, num_threads=0)))
+    with RunCheckpoints(job.directory / "checkpoints", job.identity, job.cfg.ckpt.keep) as checkpoints:
+        saved = checkpoints.progress()
+        progress = Progress.from_json(saved) if saved else Progress()
+        upto = _global_step(job, progress) if saved else -1
+        with MetricWriter(job.directory, upto) as writer:
+            for index in range(progress.stage, len(method.stages)):
+                stage = method.stages[index]
+                state = job.programs.start(stage, params, extra, jax.random.fold_in(rng, index), example)
+                if saved:
+                    state, saved = checkpoints.restore(state), None
+                    logging.info("resumed at stage %s, step %d", stage.name, progress.step)
+                else:
+                    progress = Progress(stage=index)
+                runner = _StageRunner(job, stage, checkpoints, writer, stop)
+                state, progress = runner.run(state, progress)
+                params, extra = _selected(job.cfg, stage, state, progress), state.extra
+    return Fit(params, extra, progress, job.data.train.plan.fill())
+
+
+def _global_step(job: Job, progress: Progress) -> int:
+    return progress.stage * job.data.train.num_steps + progress.step
+
+
+def _selected(cfg: ConfigDict, stage: Stage, state: TrainState, progress: Progress) -> dict[str, Any]:
+    """The parameters a stage ends with: the best, the last (fixed epochs), or the published mixture of both."""
+    if not cfg.early_stop.enabled or progress.stopper.best is None:
+        return state.params
+    if cfg.ckpt.teachers == "last_epoch" and STUDENT_GROUP in stage.trainable:
+        return {**state.params, STUDENT_GROUP: state.best_params[STUDENT_GROUP]}
+    return state.best_params
+
+
+class _StageRunner:
+    """Runs the epochs of one stage."""
+
+    def __init__(self, job: Job, stage: Stage, checkpoints: RunCheckpoints, writer: MetricWriter, stop: StopRequest):
+        self.job, self.stage = job, stage
+        self.checkpoints, self.writer, self.stop = checkpoints, writer, stop
+        self.plan = job.data.train.plan
+
+    def run(self, state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
+        cfg = self.job.cfg
+        batches = StepIterator(self.job.data.train, start_step=progress.step, num_threads=cfg.data.threads)
+        total = cfg.train.max_epochs * self.plan.steps_per_epoch
+        # disable=None: no bar when the output is not a terminal.
+        with tqdm(
+            total=total, initial=progress.step, desc=self.job.title or self.stage.name, unit="step", disable=None
+        ) as bar:
+            while progress.epoch < cfg.train.max_epochs and not self._finished(progress):
+                state, progress, timing = self._epoch_steps(state, progress, batches, bar)
+                state, progress = self._end_epoch(state, progress, timing, bar)
+        return state, progress
+
+    def _finished(self, progress: Progress) -> bool:
+        early = self.job.cfg.early_stop
+        return early.enabled and progress.stopper.should_stop(
+            progress.epoch - 1, patience=early.patience, min_epoch=early.min_epoch
+        )
+
+    def _epoch_steps(self, state, progress, batches, bar):
+        cfg, programs = self.job.cfg, self.job.programs
+        lr = optim.learning_rate(
+            cfg.train.lr_schedule, cfg.train.lr, epoch=progress.epoch, max_epochs=cfg.train.max_epochs
+        )
+        began, waited, patches, loss = time.perf_counter(), 0.0, 0, None
+        while progress.step < (progress.epoch + 1) * self.plan.steps_per_epoch:
+            asked = time.perf_counter()
+            host = next(batches)
+            waited += time.perf_counter() - asked
+            batch = sharding.put_batch(programs.mesh, host)
+            # At most one step in flight: dispatch would otherwise run ahead and hold every batch in memory.
+            jax.block_until_ready(loss)
+            state, loss = programs.train(self.stage, state, batch, lr)
+            patches += int(np.count_nonzero(host[schema.SEGMENT_IDS]))
+            progress = dataclasses.replace(progress, step=progress.step + 1)
+            bar.update()
+            if self.stop.requested:
+                self._interrupt(state, progress)
+        jax.block_until_ready(loss)
+        seconds = time.perf_counter() - began
+        return state, progress, {
+            "lr": lr,
+            "time_epoch": seconds,
+            "time_data_wait": waited,
+            "patches_per_second": patches / seconds,
+        }
+
+    def _interrupt(self, state, progress):
+        self.checkpoints.save(_global_step(self.job, progress), state, progress.to_json())
+        raise Interrupted(
+            f"stopped by signal {self.stop.signal} at step {progress.step} of fold {self.job.fold} after writing a "
+            "checkpoint; run the same command again to continue"
+        )
+
+    def _end_epoch(self, state, progress, timing, bar):
+        step, epoch = _global_step(self.job, progress), progress.epoch
+        facts = {"epoch": epoch, "stage": self.stage.name}
+        means = self._epoch_means(state, epoch)
+        self.writer.write(step, {**facts, "split": "train"}, {**means, **timing})
+        metrics = self._validate(state)
+        monitor = evaluate.mean_auc(metrics, self.stage.monitor_modes)
+        self.writer.write(step, {**facts, "split": "val"}, {**metrics, "monitor": monitor})
+        stopper, improved = progress.stopper.update(monitor, epoch)
+        progress = dataclasses.replace(progress, epoch=epoch + 1, stopper=stopper)
+        state = _close_epoch(state, improved)
+        bar.set_postfix(loss=f"{means['loss']:.3f}", val_auc=f"{monitor:.3f}", best=f"{stopper.best:.3f}")
+        last = progress.epoch == self.job.cfg.train.max_epochs or self._finished(progress)
+        if last or progress.epoch % self.job.cfg.ckpt.every_epochs == 0:
+            self.checkpoints.save(step, state, progress.to_json())
+        return state, progress
+
+    def _epoch_means(self, state, epoch) -> dict[str, float]:
+        totals = jax.device_get(state.totals)
+        means = {name: float(total) / max(float(count), 1.0) for name, (total, count) in totals.items()}
+        bad = sorted(name for name, value in means.items() if not np.isfinite(value))
+        if bad:
+            raise DivergedError(
+                f"fold {self.job.fold}, stage {self.stage.name}, epoch {epoch}: {', '.join(bad)} became NaN or infinite. "
+                "The newest checkpoint is from before; lower train.lr, clip the genes (genes.clip=5), or check the data"
+            )
+        return means
+
+    def _validate(self, state) -> dict[str, float]:
+        source = self.job.data.evaluation["val"]
+        key = None
+        if self.job.cfg.eval.teacher_dropout:
+            key = jax.random.fold_in(jax.random.key(self.job.cfg.seed), int(state.step))
+        probs = predict_part(self.job, source, state.params, state.extra, key)
+        return evaluate.val_metrics(probs, source.table.fields[schema.LABEL])
+
+
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
+def _close_epoch(state: TrainState, improved: bool) -> TrainState:
+    """Keeps the parameters if they are the best so far, and empties the metric sums."""
+    best = jax.tree.map(jnp.copy, state.params) if improved else state.best_params
+    return state.replace(best_params=best, totals=jax.tree.map(jnp.zeros_like, state.totals))
+
+
+def predict_part(job: Job, source, params: Any, extra: Any, key: jax.Array | None = None) -> dict[str, np.ndarray]:
+    """mode -> [n, C] of the slides of one evaluation plan; `key` turns on dropout in the teachers."""
+
+    def predict(batch, number):
+        step_key = None if key is None else jax.random.fold_in(key, number)
+        return job.programs.predict(job.modes, params, extra, batch, step_key)
+
+    return evaluate.predict_source(predict, source, job.programs.mesh, threads=job.cfg.data.threads)
+
+
+def predictions(job: Job, part: str, result: Fit) -> Predictions:
+    """Predictions of the selected parameters on "val" or "test"."""
+    source = job.data.evaluation[part]
+    probs = predict_part(job, source, result.params, result.extra)
+    return evaluate.as_table(probs, source.table.slide_index, job.cohort, job.fold)

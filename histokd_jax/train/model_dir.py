@@ -1,0 +1,114 @@
+"""Exported models: one folder per network, and model.json with what is needed to use them.
+
+    model/model.json   config, classes, patch width and encoder, selected genes by name, hashes
+    model/S_P/         the student alone is enough for pathology-only prediction; teachers may be deleted
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from data_pipelines.atomic import storage_errors
+from data_pipelines.genes import GeneSelection
+from histokd_jax.methods import registry
+from histokd_jax.train.checkpoint import CheckpointMismatchError, export_groups, load_groups, params_hash
+from histokd_jax.train.experiment import Experiment, FoldData
+from histokd_jax.types import DataSpec, Method
+from histokd_jax.utils import config as config_utils
+
+MODEL_FILE = "model.json"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A trained model of one fold.
+
+    Attributes:
+      cfg: its configuration.
+      method: built from it.
+      spec: what it expects of the data.
+      params: the parameter groups that were loaded.
+      extra: extra state.
+      selections: batch field -> genes it reads.
+      facts: model.json.
+    """
+
+    cfg: ConfigDict
+    method: Method
+    spec: DataSpec
+    params: dict[str, Any]
+    extra: Any
+    selections: dict[str, GeneSelection]
+    facts: dict[str, Any]
+
+    @property
+    def class_names(self) -> list[str]:
+        """One name per class."""
+        return self.facts["class_names"]
+
+
+def export(directory: pathlib.Path, params: Any, experiment: Experiment, data: FoldData, fold: int) -> None:
+    """Writes a model folder; model.json last, so that an incomplete folder has none."""
+    manifest = experiment.manifest
+    export_groups(directory, params)
+    fields = ("genes",) if data.selections else ()
+    facts = {
+        "method": experiment.cfg.method,
+        "config": json.loads(config_utils.to_json(experiment.cfg)),
+        "spec": dataclasses.asdict(experiment.data_spec(fields)),
+        "class_names": list(experiment.cohort.class_names),
+        "encoder": manifest.encoder,
+        "mpp": manifest.mpp,
+        "selections": {field: json.loads(s.to_json()) for field, s in data.selections.items()},
+        "fold": fold,
+        "trained_on": {
+            "dataset": manifest.name,
+            "simulated": manifest.simulated,
+            "patient_overlap": any(split.patient_overlap for split in experiment.folds),
+            "data_fingerprint": manifest.fingerprint(),
+            "split_hash": data.split_hash,
+        },
+        "params_sha256": {group: params_hash(tree) for group, tree in params.items()},
+    }
+    with storage_errors(directory):
+        (directory / MODEL_FILE).write_text(json.dumps(facts, indent=2, sort_keys=True))
+
+
+def load(directory: pathlib.Path, mode: str) -> Model:
+    """Loads the networks that a mode needs; the others may be absent.
+
+    Args:
+      directory: a model folder.
+      mode: inference mode, e.g. "pathology".
+
+    Raises:
+      CheckpointMismatchError: no model, a missing network, other shapes, or contents that differ from the recorded hash.
+      ValueError: the method has no such mode.
+    """
+    path = directory / MODEL_FILE
+    if not path.is_file():
+        raise CheckpointMismatchError(f"{directory} holds no {MODEL_FILE}: give a folder like RUN/fold_0/model")
+    facts = json.loads(path.read_text())
+    cfg = config_utils.from_json(json.dumps(facts["config"]))
+    spec = DataSpec(**facts["spec"])
+    method = registry.get_method(facts["method"])(cfg, spec)
+    needed = method.mode(mode)
+    like, extra = jax.eval_shape(method.init, jax.random.key(0))
+    if jax.tree.leaves(extra):
+        raise CheckpointMismatchError(f"{facts['method']} keeps extra state, which model folders do not hold")
+    params = load_groups(directory, like, needed.params)
+    for group, tree in params.items():
+        if params_hash(tree) != facts["params_sha256"][group]:
+            raise CheckpointMismatchError(f"{directory / group} differs from the hash in {MODEL_FILE}: changed or damaged")
+    selections = {
+        field: GeneSelection.from_json(json.dumps(value))
+        for field, value in facts["selections"].items()
+        if field in needed.fields
+    }
+    return Model(cfg, method, spec, params, extra, selections, facts)

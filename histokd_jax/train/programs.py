@@ -1,0 +1,95 @@
+"""The compiled programs of a run: one training step per stage and one prediction step, shared by all folds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from histokd_jax.train import optim, sharding, state, step
+from histokd_jax.types import Method, Stage
+
+
+class Programs:
+    """Compiles ahead of time, once per shape, and reports the memory a step needs before it runs.
+
+    Args:
+      method: what to train.
+      cfg: the resolved configuration.
+      mesh: the mesh of the run.
+
+    Attributes:
+      traces: how often a training step was traced (a test holds it at one per stage).
+    """
+
+    def __init__(self, method: Method, cfg: ConfigDict, mesh: Mesh):
+        self.method, self.mesh = method, mesh
+        self.traces = 0
+        self._cfg = cfg
+        self._compiled: dict[Any, Any] = {}
+        self._predict: dict[tuple[str, ...], Any] = {}
+
+    def optimizer(self, stage: Stage, groups: Mapping[str, Any]):
+        """The optimizer of a stage."""
+        return optim.make_optimizer(
+            weight_decay=self._cfg.train.wd,
+            decay_bias=self._cfg.train.decay_bias,
+            trainable=stage.trainable,
+            groups=tuple(groups),
+        )
+
+    def start(self, stage: Stage, params: Any, extra: Any, rng: jax.Array, batch: Mapping[str, jax.Array]):
+        """State at step 0 of a stage, on every device of the mesh."""
+        with jax.set_mesh(self.mesh):
+            names = step.metric_names(self.method, stage.name, params, extra, batch)
+        first = state.start_stage(params, extra, rng, self.optimizer(stage, params), names)
+        return jax.device_put(first, sharding.replicated(self.mesh))
+
+    def train(self, stage: Stage, train_state: state.TrainState, batch: Mapping[str, jax.Array], lr: float):
+        """One training step; donates `train_state`.
+
+        Returns:
+          (new state, loss).
+        """
+        rate = jax.device_put(jnp.float32(lr), sharding.replicated(self.mesh))
+        key = (stage.name, tuple((name, value.shape, value.dtype) for name, value in sorted(batch.items())))
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(stage, train_state, batch, rate)
+        return self._compiled[key](train_state, batch, rate)
+
+    def _compile(self, stage: Stage, train_state, batch, rate):
+        body = step.make_train_step(
+            self.method, self.optimizer(stage, train_state.params), stage.name, self._cfg.train.batching
+        )
+
+        def counted(*args):
+            self.traces += 1
+            return body(*args)
+
+        everywhere = sharding.replicated(self.mesh)
+        with jax.set_mesh(self.mesh):
+            compiled = (
+                jax.jit(counted, donate_argnums=0, out_shardings=(everywhere, everywhere))
+                .lower(train_state, batch, rate)
+                .compile()
+            )
+        memory = compiled.memory_analysis()
+        logging.info(
+            "stage %s: one step needs %.0f MiB of arguments and %.0f MiB of temporaries",
+            stage.name,
+            memory.argument_size_in_bytes / 2**20,
+            memory.temp_size_in_bytes / 2**20,
+        )
+        return compiled
+
+    def predict(self, modes: tuple[str, ...], params: Any, extra: Any, batch: Mapping[str, jax.Array], key=None):
+        """{mode: {"prob" [S, C], ...}} of one step; `key` turns on dropout in the teachers."""
+        if modes not in self._predict:
+            self._predict[modes] = jax.jit(step.make_predict_step(self.method, modes))
+        with jax.set_mesh(self.mesh):
+            return self._predict[modes](params, extra, batch, key)

@@ -1,0 +1,203 @@
+"""A whole run: folds of the distilled arm and of its control, with everything a run directory holds.
+
+    RUN/config.json  run_manifest.json  predictions_{val,test}.csv  summary.json  report.html
+    RUN/fold_K/metrics.jsonl  tensorboard/  checkpoints/  model/  predictions_{val,test}.csv  fold.json
+    RUN/control/...   the same networks with every distillation weight at 0, for the paired comparison
+
+A fold with fold.json is finished and is not trained again; any other continues from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from data_pipelines.atomic import storage_errors
+from histokd_jax.evals import summary as summaries
+from histokd_jax.evals.predictions import Predictions, concatenate, read_predictions, write_predictions
+from histokd_jax.methods import registry
+from histokd_jax.train import loop, model_dir, provenance, sharding
+from histokd_jax.train.checkpoint import CheckpointMismatchError
+from histokd_jax.train.experiment import Experiment, FoldData, fold_data, load_experiment, share_shapes
+from histokd_jax.train.programs import Programs
+from histokd_jax.train.signals import StopRequest
+from histokd_jax.utils import config as config_utils
+
+PARTS = ("val", "test")
+
+
+def train(cfg: ConfigDict, workdir: pathlib.Path, command: Sequence[str] = ()) -> dict[str, Any]:
+    """Trains every requested fold of both arms and writes the run directory (all but report.html).
+
+    Args:
+      cfg: resolved configuration.
+      workdir: run directory; a run that was interrupted there is continued.
+      command: the command line, for the run manifest.
+
+    Returns:
+      The summary of the distilled arm, as in summary.json.
+
+    Raises:
+      ValueError: contradictory configuration or bad data.
+      Interrupted: a signal arrived; checkpoints were written.
+    """
+    registry.method_module(cfg.method).validate(cfg)
+    experiment = load_experiment(cfg)
+    numbers = fold_numbers(cfg.fold, len(experiment.folds))
+    with storage_errors(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+    with StopRequest() as stop:
+        result = _arm(experiment, numbers, workdir, command, stop, "student + distillation")
+        control = control_config(cfg)
+        if control is not None:
+            other = Experiment(
+                control, experiment.reader, experiment.cohort, experiment.gene_tables, experiment.folds
+            )
+            _arm(other, numbers, workdir / "control", command, stop, "control (all weights 0)")
+    return result
+
+
+def control_config(cfg: ConfigDict) -> ConfigDict | None:
+    """The same configuration with every distillation weight at 0, or None if it is one itself or not wanted."""
+    weights = {key: 0.0 for key, value in config_utils.flatten(cfg).items() if key.startswith("loss.lambda_") and value}
+    if not cfg.compare.control or not weights:
+        return None
+    control = ConfigDict(cfg.to_dict())
+    control.update_from_flattened_dict({**weights, "compare.control": False})
+    return control.lock()
+
+
+def fold_numbers(text: str, count: int) -> list[int]:
+    """ "all" or one fold number, checked against the splits.
+
+    Raises:
+      ValueError: a number that is no fold.
+    """
+    if text == "all":
+        return list(range(count))
+    if not str(text).isdigit() or int(text) >= count:
+        raise ValueError(f"fold={text}: the splits have folds 0 to {count - 1} (or give fold=all)")
+    return [int(text)]
+
+
+def _arm(
+    experiment: Experiment,
+    numbers: Sequence[int],
+    directory: pathlib.Path,
+    command: Sequence[str],
+    stop: StopRequest,
+    title: str,
+) -> dict[str, Any]:
+    cfg = experiment.cfg
+    method = registry.get_method(cfg.method)(cfg, experiment.data_spec(_fields(cfg)))
+    _claim(directory, cfg)
+    planned = share_shapes([fold_data(experiment, k, method) for k in numbers])
+    folds = dict(zip(numbers, planned))
+    facts = provenance.run_manifest(experiment, folds, command)
+    _write_json(directory / "run_manifest.json", facts)
+    programs = Programs(method, cfg, sharding.make_mesh(cfg.mesh.data))
+    tables: dict[str, list[Predictions]] = {part: [] for part in PARTS}
+    for k, data in folds.items():
+        job = loop.Job(
+            cfg=cfg,
+            programs=programs,
+            cohort=experiment.cohort,
+            data=data,
+            fold=k,
+            directory=directory / f"fold_{k}",
+            identity=_identity(cfg, data),
+            title=f"{cfg.task} {title}, fold {k}",
+        )
+        finished = _finished(job) or _train_fold(job, experiment, stop)
+        for part in PARTS:
+            tables[part].append(finished[part])
+    joined = {part: concatenate(found) for part, found in tables.items()}
+    for part, table in joined.items():
+        write_predictions(directory / f"predictions_{part}.csv", table)
+    return write_summary(directory, joined["test"], cfg, facts)
+
+
+def write_summary(
+    directory: pathlib.Path, test: Predictions, cfg: ConfigDict, manifest: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Computes and writes summary.json of an arm."""
+    facts = {key: manifest[key] for key in ("task", "method", "simulated", "patient_overlap", "dataset", "seed")}
+    summary = summaries.summarise(
+        test, num_classes=test.num_classes, bootstrap=cfg.report.bootstrap, seed=cfg.seed, facts=facts
+    )
+    summaries.write_summary(directory / "summary.json", summary)
+    return summary
+
+
+def _fields(cfg: ConfigDict) -> tuple[str, ...]:
+    return ("genes",) if "genes" in cfg else ()
+
+
+def _claim(directory: pathlib.Path, cfg: ConfigDict) -> None:
+    """Writes config.json, or refuses a folder that belongs to another configuration."""
+    path = directory / "config.json"
+    text = config_utils.to_json(cfg)
+    if path.exists() and path.read_text() != text:
+        old = config_utils.flatten(config_utils.from_json(path.read_text()))
+        new = config_utils.flatten(config_utils.from_json(text))
+        changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
+        raise CheckpointMismatchError(
+            f"{directory.name} holds a run with another configuration: "
+            + ", ".join(f"{k} ({old.get(k)!r} there, {new.get(k)!r} now)" for k in changed)
+            + "; use the old settings to continue it, or another --workdir"
+        )
+    with storage_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def _identity(cfg: ConfigDict, data: FoldData) -> dict[str, str]:
+    return {
+        "method": cfg.method,
+        "config": config_utils.fingerprint(cfg),
+        "input (data set, tables, splits or packing)": data.train.fingerprint(),
+    }
+
+
+def _train_fold(job: loop.Job, experiment: Experiment, stop: StopRequest) -> dict[str, Predictions]:
+    result = loop.fit(job, stop)
+    model_dir.export(job.directory / "model", result.params, experiment, job.data, job.fold)
+    tables = {part: loop.predictions(job, part, result) for part in PARTS}
+    for part, table in tables.items():
+        write_predictions(job.directory / f"predictions_{part}.csv", table)
+    _write_json(
+        job.directory / "fold.json",
+        {
+            "identity": dict(job.identity),
+            "progress": result.progress.to_json(),
+            "fill": result.fill,
+            "split_hash": job.data.split_hash,
+            "traces": job.programs.traces,
+        },
+    )
+    logging.info("fold %d finished: best epoch %d", job.fold, result.progress.stopper.best_epoch)
+    return tables
+
+
+def _finished(job: loop.Job) -> dict[str, Predictions] | None:
+    """Predictions of a fold that was completed earlier with the same inputs."""
+    path = job.directory / "fold.json"
+    if not path.exists():
+        return None
+    saved = json.loads(path.read_text())["identity"]
+    if saved != dict(job.identity):
+        changed = sorted(k for k in {*saved, *job.identity} if saved.get(k) != job.identity.get(k))
+        raise CheckpointMismatchError(
+            f"{job.directory.name} was finished with another {', '.join(changed)}; give another --workdir"
+        )
+    return {part: read_predictions(job.directory / f"predictions_{part}.csv") for part in PARTS}
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+    with storage_errors(path):
+        path.write_text(json.dumps(value, indent=2, sort_keys=True))
