@@ -30,16 +30,16 @@ TARGET = 0.7
 SEED = 0
 FULL = {
     "feat_dim": 1024, "slides": 400, "median_patches": 1000, "sigma": 0.6, "slides_per_step": 16, "repeats": 7,
-    "threads": 4, "record_kib": [64, 128, 256, 512, 1024], "sweep_repeats": 5,
+    "epochs": 4, "threads": 2, "record_kib": [64, 128, 256, 512, 1024], "sweep_repeats": 5,
 }  # fmt: skip
 SMOKE = {
     "feat_dim": 64, "slides": 40, "median_patches": 100, "sigma": 0.6, "slides_per_step": 8, "repeats": 2,
-    "threads": 2, "record_kib": [8], "sweep_repeats": 1,
+    "epochs": 2, "threads": 2, "record_kib": [8], "sweep_repeats": 1,
 }  # fmt: skip
 
 
 def pipeline_rate(directory: pathlib.Path, config: dict[str, Any]) -> Callable[[], float]:
-    """A function that reads one epoch through Grain and returns valid MB/s."""
+    """A function that reads some epochs through Grain and returns MB/s of valid patches, start-up included."""
     from data_pipelines.packing import PlanOptions, plan_coupled
     from data_pipelines.pipeline import SlideTable, StepSource, make_train_dataset
     from data_pipelines.reader import BagReader
@@ -47,7 +47,7 @@ def pipeline_rate(directory: pathlib.Path, config: dict[str, Any]) -> Callable[[
     reader = BagReader(directory)
     sizes = reader.manifest.sizes
     options = PlanOptions(
-        epochs=1, seed=SEED, sampler="uniform", multiple_of=128, chunk_patches=reader.manifest.chunk_patches
+        config["epochs"], SEED, sampler="uniform", multiple_of=128, chunk_patches=reader.manifest.chunk_patches
     )
     plan = plan_coupled(sizes, None, options, slides_per_step=config["slides_per_step"])
     source = StepSource(reader, SlideTable(np.arange(len(sizes))), plan)
@@ -63,7 +63,7 @@ def pipeline_rate(directory: pathlib.Path, config: dict[str, Any]) -> Callable[[
 
 
 def raw_rate(directory: pathlib.Path, config: dict[str, Any]) -> Callable[[], float]:
-    """A function that reads all records one by one in random order and returns MB/s of record bytes."""
+    """A function that reads all records one by one in random order, once per epoch; MB/s of record bytes."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     from data_pipelines.manifest import Manifest
@@ -71,7 +71,7 @@ def raw_rate(directory: pathlib.Path, config: dict[str, Any]) -> Callable[[], fl
     shards = [str(directory / shard.file) for shard in Manifest.load(directory).shards]
     readers = [ArrayRecordReader(shard) for shard in shards]
     records = [(r, i) for r in readers for i in range(r.num_records())]
-    order = np.random.default_rng(SEED).permutation(len(records))
+    order = _record_order(len(records), config["epochs"])
 
     def read(part: np.ndarray) -> int:
         return sum(len(records[i][0].read([records[i][1]])[0]) for i in part)
@@ -86,11 +86,11 @@ def raw_rate(directory: pathlib.Path, config: dict[str, Any]) -> Callable[[], fl
 
 
 def tfds_rate(directory: pathlib.Path, config: dict[str, Any]) -> Callable[[], float]:
-    """A function that decodes all records through TFDS `as_data_source` and returns MB/s of patches."""
+    """A function that decodes all records through TFDS `as_data_source` once; MB/s of patches."""
     import tensorflow_datasets as tfds
 
     source = tfds.builder_from_directory(str(directory)).as_data_source("train")
-    order = np.random.default_rng(SEED).permutation(len(source))
+    order = _record_order(len(source), 1)
 
     def read(part: np.ndarray) -> int:
         return sum(_patch_bytes(source[int(i)]) for i in part)
@@ -102,6 +102,11 @@ def tfds_rate(directory: pathlib.Path, config: dict[str, Any]) -> Callable[[], f
         return total / (time.perf_counter() - began) / 1e6
 
     return run
+
+
+def _record_order(n: int, epochs: int) -> np.ndarray:
+    rng = np.random.default_rng(SEED)
+    return np.concatenate([rng.permutation(n) for _ in range(epochs)])
 
 
 def _patch_bytes(example: dict[str, Any]) -> int:

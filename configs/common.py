@@ -48,7 +48,7 @@ def base() -> ConfigDict:
             cnv="",  # table of copy numbers, only for variants with two gene streams
             survival="",  # table of survival; empty: tables/survival.csv of the data set
             unit="case",  # case: one slide per case | slide: every slide is a sample, tables keyed by slide id
-            feat_dim=0,  # 0: taken from the data set; otherwise it must match
+            feat_dim=1024,  # must match the data set; 0: taken from it
             slide_choice="first_sorted",
             max_patches_train=placeholder(int),
             grouping="size_balanced",

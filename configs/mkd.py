@@ -33,6 +33,7 @@ TEACHER512 = {
 
 # Small enough for two cores: the cohort that `histokd demo` simulates has 64-d patches and 1,024 genes.
 DEMO = {
+    "data.feat_dim": 0,
     "genes.top_k": 512,
     "train.max_epochs": 20,
     "early_stop.patience": 4,

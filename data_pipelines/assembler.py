@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_pipelines import schema
+from data_pipelines.buffers import BufferPool
 from data_pipelines.plan import PackPlan, StepPlan
 
 _OWN_FIELDS = (*schema.ROW_FIELDS, schema.WEIGHT, schema.SLIDE_INDEX)
@@ -102,8 +103,8 @@ class StepSource:
 class BatchAssembler:
     """Turns a step plan into the host batch of one process; fields as in `histokd_jax.types.Batch`.
 
-    Patches go from chunk records straight into one fresh buffer; padding is zero. Rows outside `rows` are neither read
-    nor allocated; slot fields cover all S slots on every process.
+    Patches go from chunk records straight into one recycled buffer; padding is zero. Rows outside `rows` are neither
+    read nor allocated; slot fields cover all S slots on every process.
 
     Args:
       source: reader, table and plan.
@@ -113,6 +114,8 @@ class BatchAssembler:
     def __init__(self, source: StepSource, rows: slice):
         self._source = source
         self._rows = rows
+        shape = ((rows.stop - rows.start) * source.plan.row_patches, source.reader.manifest.feat_dim)
+        self._pool = BufferPool(shape, schema.FEATURE_DTYPES[source.dtype])
 
     def __call__(self, step: StepPlan) -> dict[str, np.ndarray]:
         """The batch of one step: row fields [R_local, L, ...] and slot fields [S, ...]."""
@@ -121,24 +124,27 @@ class BatchAssembler:
     def _row_fields(self, step: StepPlan) -> dict[str, np.ndarray]:
         length = self._source.plan.row_patches
         low, high = self._rows.start * length, self._rows.stop * length
-        buffers = self._buffers(high - low)
+        buffers, filled = self._buffers(high - low), 0
         for slot in np.flatnonzero(step.count):
             first, stop = max(step.offset[slot], low), min(step.offset[slot] + step.count[slot], high)
             if first < stop:
                 at = step.start[slot] + first - step.offset[slot]
                 piece = {name: value[first - low : stop - low] for name, value in buffers.items()}
                 self._read_piece(int(step.slide[slot]), int(slot), int(at), piece)
+                buffers[schema.PATCHES][filled : first - low] = 0
+                filled = stop - low
+        buffers[schema.PATCHES][filled:] = 0
         rows = self._rows.stop - self._rows.start
         return {name: value.reshape(rows, length, *value.shape[1:]) for name, value in buffers.items()}
 
     def _buffers(self, n: int) -> dict[str, np.ndarray]:
-        source = self._source
+        """Patches with stale contents, all other row fields zero."""
         buffers = {
-            schema.PATCHES: np.zeros((n, source.reader.manifest.feat_dim), schema.FEATURE_DTYPES[source.dtype]),
+            schema.PATCHES: self._pool.take(),
             schema.SEGMENT_IDS: np.zeros(n, np.int32),
             schema.POSITIONS: np.zeros(n, np.int32),
         }
-        if source.with_coords:
+        if self._source.with_coords:
             buffers[schema.COORDS] = np.zeros((n, 2), np.int32)
         return buffers
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.errors import DataError
-from data_pipelines.gene_ranking import Ranking, rank_genes
+from data_pipelines.gene_ranking import RANKINGS, Ranking, rank_genes
 
 FILTERS = ("top", "bottom", "random")
 SCOPES = ("per_fold_train", "global")
@@ -117,9 +117,7 @@ class GeneSelection:
         columns = np.array([column_of[name] for name in self.names], np.int64)
         rows = np.flatnonzero(table.has_genes)
         out = np.zeros((len(table.case_id), len(self.names)), np.float32)
-        cases = [table.case_id[row] for row in rows]
-        picked = _fill_missing(table.values[np.ix_(rows, columns)], self.names, cases, self.nan_policy)
-        out[rows] = self._finish(_base(picked, self.names, cases, log2p1=self.mean is not None))
+        out[rows] = self._finish(_readable(table, rows, columns, self.nan_policy, self.mean is not None))
         return out
 
     def _finish(self, base: np.ndarray) -> np.ndarray:
@@ -187,37 +185,31 @@ def select_genes(
     Raises:
       DataError: an option is unknown or contradicts the table; the message names the fix.
     """
-    _check_options(filter, ranking_scope, normalisation, nan_policy, top_k, token_size, clip)
+    _check_options(filter, ranking, ranking_scope, normalisation, nan_policy, top_k, token_size, clip)
+    log2p1 = normalisation == "log2p1_then_zscore_train_fold"
     candidates = np.array([c for c, name in enumerate(table.names) if name not in set(exclude)], np.int64)
     names = [table.names[column] for column in candidates]
     rows = np.flatnonzero(table.has_genes)
     training = np.isin(rows, train_rows)
     if not training.any():
         raise DataError("gene selection: no training patient has genes; check the join of genes and split")
-    cases = [table.case_id[row] for row in rows]
-    values = _fill_missing(table.values[np.ix_(rows, candidates)], names, cases, nan_policy)
-    log2p1 = normalisation == "log2p1_then_zscore_train_fold"
-    base = _base(values, names, cases, log2p1=log2p1)
+    base = _readable(table, rows, candidates, nan_policy, log2p1)
     mean, std = _moments(base[training]) if log2p1 else (None, None)
     if filter == "random":
         ranked = Ranking(np.random.default_rng(seed).permutation(len(names)), 0)
     else:
         seen = np.ones(len(rows), bool) if ranking_scope == "global" else training
         shown = base if ranking == "variance" and log2p1 else _standardise(base, mean, std, clip)
-        ranked = rank_genes(
-            shown[seen],
-            names,
-            ranking=ranking,
-            survival=None if survival is None else tuple(np.asarray(part)[rows[seen]] for part in survival),
-            label=None if label is None else np.asarray(label)[rows[seen]],
-            ranking_table=ranking_table,
-        )
+        targets = {
+            "survival": None if survival is None else tuple(np.asarray(part)[rows[seen]] for part in survival),
+            "label": None if label is None else np.asarray(label)[rows[seen]],
+            "ranking_table": ranking_table,
+        }
+        ranked = rank_genes(shown[seen], names, ranking=ranking, **targets)
     chosen = _cut(ranked.order, filter, top_k, token_size, len(table.names))
-    options = {"filter": filter, "normalisation": normalisation, "top_k": top_k, "token_size": token_size}
-    if filter == "random":
-        options |= {"seed": seed}
-    else:
-        options |= {"ranking": ranking, "ranking_scope": "external" if ranking == "table" else ranking_scope}
+    scope = "external" if ranking == "table" else ranking_scope
+    how = {"seed": seed} if filter == "random" else {"ranking": ranking, "ranking_scope": scope}
+    how |= {"filter": filter, "normalisation": normalisation, "top_k": top_k, "token_size": token_size}
     return GeneSelection(
         names=tuple(names[c] for c in chosen),
         columns=candidates[chosen],
@@ -225,8 +217,15 @@ def select_genes(
         std=None if std is None else std[chosen],
         clip=clip,
         nan_policy=nan_policy,
-        source=options | _facts(table, ranked, exclude),
+        source=how | _facts(table, ranked, exclude),
     )
+
+
+def _readable(table: GeneTable, rows: np.ndarray, columns: np.ndarray, nan_policy: str, log2p1: bool) -> np.ndarray:
+    """[len(rows), len(columns)] float64 without NaN, after the logarithm if one is due; errors name gene and case."""
+    names, cases = [table.names[column] for column in columns], [table.case_id[row] for row in rows]
+    values = _fill_missing(table.values[np.ix_(rows, columns)], names, cases, nan_policy)
+    return _base(values, names, cases, log2p1=log2p1)
 
 
 def _facts(table: GeneTable, ranked: Ranking, exclude: Sequence[str]) -> dict[str, Any]:
@@ -241,10 +240,18 @@ def _facts(table: GeneTable, ranked: Ranking, exclude: Sequence[str]) -> dict[st
 
 
 def _check_options(
-    filter: str, scope: str, normalisation: str, nan_policy: str, top_k: int, token_size: int, clip: float | None
+    filter: str,
+    ranking: str,
+    scope: str,
+    normalisation: str,
+    nan_policy: str,
+    top_k: int,
+    token_size: int,
+    clip: float | None,
 ) -> None:
     choices = {
         "genes.filter": (filter, FILTERS),
+        "genes.ranking": (ranking, RANKINGS),
         "genes.ranking_scope": (scope, SCOPES),
         "genes.normalisation": (normalisation, NORMALISATIONS),
         "genes.nan_policy": (nan_policy, NAN_POLICIES),

@@ -115,10 +115,6 @@ class SimulationSpec:
             raise ValueError(f"signal_genes={self.signal_genes} exceeds n_genes={self.n_genes}")
 
 
-DEMO = SimulationSpec(n_cases=160, feat_dim=64, n_genes=1024, bag_median=150.0, signal_patches=1.0)
-"""A cohort small enough to write in seconds and to train on in minutes on two CPU cores."""
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Latents:
     """Case-level draws of a simulated cohort (n cases).
@@ -428,3 +424,7 @@ def _check_between(spec: SimulationSpec, *fields: str) -> None:
     for field in fields:
         if not 0.0 < getattr(spec, field) < 1.0:
             raise ValueError(f"simulation.{field} is {getattr(spec, field)}; expected a fraction between 0 and 1")
+
+
+DEMO = SimulationSpec(n_cases=160, feat_dim=64, n_genes=1024, bag_median=150.0, signal_patches=1.0)
+"""A cohort small enough to write in seconds and to train on in minutes on two CPU cores."""

@@ -60,9 +60,7 @@ def _read_text(path: str | os.PathLike, columns: Sequence[str] = ()) -> pd.DataF
     """The CSV with every cell as stripped text; checks that `columns` exist."""
     table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     table.columns = table.columns.str.strip()
-    absent = [name for name in columns if name not in table.columns]
-    if absent:
-        raise DataError(f"{path}: no column {absent[0]!r}; the file has {_listed(table.columns)}")
+    _require(table, columns, path)
     table = table[list(columns)] if columns else table
     return table.apply(lambda column: column.str.strip())
 
@@ -261,6 +259,7 @@ def read_gene_table(path: str | os.PathLike, *, suffix: str | None = None) -> Ge
             return GeneTable(tuple(case_id), tuple(gene), stored["values"].astype(np.float32))
     table = pd.read_csv(path, encoding="utf-8-sig", low_memory=False, dtype={"case_id": str})
     _require(table, ("case_id",), path)
+    table["case_id"] = table["case_id"].str.strip()
     _check_case_ids(table["case_id"], path)
     columns = _gene_columns(list(table.columns), suffix, path)
     values = np.column_stack([_numeric(table[name], path) for name in columns])

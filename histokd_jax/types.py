@@ -78,10 +78,11 @@ class Method:
     Attributes:
       name: registry name.
       init: (key) -> (params, extra). `params` is a dict of top-level groups (one per network).
-      forward: (params, frozen, extra, batch, key, train) -> (outputs, new_extra). `outputs` holds slot-major arrays
-        [S, ...] only, so that a step can be cut between forward and objective (gradient caching).
+      forward: (params, frozen, extra, batch, key, train, stage=) -> (outputs, new_extra). `outputs` holds slot-major
+        arrays [S, ...] only, so that a step can be cut between forward and objective (gradient caching).
       objective: (outputs, batch, step, stage) -> (scalar loss, metrics). Batch-coupled terms see all S slots.
-      predict: (params, frozen, extra, batch, mode) -> {"prob": [S, C], "logits": [S, C], "embedding": [S, H]}.
+      predict: (params, frozen, extra, batch, mode, key=None) -> {"prob": [S, C], "logits": [S, C],
+        "embedding": [S, H]}; a key turns on dropout in the teachers.
       attention: (params, frozen, extra, batch, mode) -> [R, L] float32, weight of each patch within its slide.
       modes: the ways to deploy it.
       stages: phases of training, in order.

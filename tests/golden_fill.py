@@ -48,11 +48,12 @@ def key_table(folder: pathlib.Path, name: str):
     return rows
 
 
-def state_dict(folder: pathlib.Path, name: str, extra_shapes=None):
-    """{checkpoint key: float64 array} of a whole model, dead tensors included."""
+def state_dict(folder: pathlib.Path, name: str, extra_shapes=None, drop=()):
+    """{checkpoint key: float64 array} of a model, dead tensors included, without keys that start with one of `drop`."""
     shapes = {row["key"]: row["shape"] for row in key_table(folder, name)}
     shapes.update({f"{name}:{k}": v for k, v in (extra_shapes or {}).items()})
-    return {key.split(":", 1)[1]: fill(key, shape) for key, shape in shapes.items()}
+    names = {key.split(":", 1)[1]: (key, shape) for key, shape in shapes.items()}
+    return {short: fill(*full) for short, full in names.items() if not short.startswith(tuple(drop))}
 
 
 def _digest(value):

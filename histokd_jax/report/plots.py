@@ -94,7 +94,7 @@ def band_panels(panels: Mapping[str, Sequence[Curve]], *, x: str, y: str, diagon
 
 def calibration_panels(panels: Mapping[str, Calibration], *, x: str, y: str) -> str:
     """Reliability curves with Wilson intervals; the area of a marker grows with the rows in its bin."""
-    with _figure(len(panels), height=3.7) as (figure, axes):
+    with _figure(len(panels), height=4.1) as (figure, axes):
         for axis, (title, curve) in zip(axes, panels.items(), strict=True):
             axis.plot([0, 1], [0, 1], color="#b4bcc6", linewidth=1, linestyle=":")
             error = np.clip([curve.observed - curve.low, curve.high - curve.observed], 0, None)
@@ -109,8 +109,8 @@ def calibration_panels(panels: Mapping[str, Calibration], *, x: str, y: str) -> 
 
 def forest(groups: Mapping[str, Sequence[Effect]]) -> str:
     """Paired differences with intervals, grouped by mode; small dots are the folds."""
-    rows = [(group, effect) for group, effects in groups.items() for effect in effects]
-    with _figure(1, height=0.8 + 0.32 * (len(rows) + len(groups))) as (figure, axes):
+    n_rows = len(groups) + sum(len(effects) for effects in groups.values())
+    with _figure(1, height=0.8 + 0.27 * n_rows, wide=True) as (figure, axes):
         axis, y = axes[0], 0
         ticks, names = [], []
         for number, (group, effects) in enumerate(groups.items()):
@@ -143,7 +143,7 @@ def line_panels(panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]
     names = list(dict.fromkeys(name for series in panels.values() for name in series))
     colour = {name: SERIES[i % len(SERIES)] for i, name in enumerate(names)}
     columns = min(3, len(panels))
-    with _figure(columns, math.ceil(len(panels) / columns), height=2.35) as (figure, axes):
+    with _figure(columns, math.ceil(len(panels) / columns), height=2.35, wide=columns > 1) as (figure, axes):
         for axis, (title, series) in zip(axes, panels.items(), strict=False):
             for name, (at, value) in series.items():
                 marker = "o" if len(at) == 1 else ""
@@ -159,9 +159,9 @@ def line_panels(panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]
 class _figure:
     """A constrained-layout figure with a flat list of axes, drawn in the report's style."""
 
-    def __init__(self, columns: int, rows: int = 1, *, height: float):
+    def __init__(self, columns: int, rows: int = 1, *, height: float, wide: bool = False):
         self._grid = (rows, columns)
-        self._size = (WIDTH if columns > 1 else min(WIDTH, 8.0), height * rows)
+        self._size = (WIDTH if wide else min(WIDTH, 4.6 * columns), height * rows)
 
     def __enter__(self):
         self._context = require_matplotlib().rc_context(STYLE)
@@ -184,7 +184,7 @@ def _draw_band(axis, curve: Curve) -> None:
 
 def _draw_effect(axis, y: float, effect: Effect, colour: str) -> None:
     folds = [value for value in effect.per_fold if math.isfinite(value)]
-    axis.scatter(folds, [y] * len(folds), s=10, color=colour, alpha=0.35, linewidth=0)
+    axis.scatter(folds, [y + 0.3] * len(folds), s=11, color=colour, alpha=0.5, linewidth=0)
     if math.isfinite(effect.low):
         axis.plot([effect.low, effect.high], [y, y], color=colour, linewidth=2)
     axis.scatter([effect.difference], [y], s=42, color=colour, marker="D", zorder=3)

@@ -34,9 +34,11 @@ a { color:var(--accent); text-decoration:none; } a:hover { text-decoration:under
 .tile .value { font-size:28px; font-weight:650; font-variant-numeric:tabular-nums; line-height:1.25; }
 .tile .what { font-weight:600; } .tile .soft { display:block; }
 .scroll { overflow-x:auto; }
+.columns { display:grid; grid-template-columns:repeat(auto-fit, minmax(400px, 1fr)); gap:0 40px; }
+.columns table { width:100%; }
 table { border-collapse:collapse; margin:10px 0 4px; font-size:14px; min-width:50%; }
 caption { caption-side:top; text-align:left; padding-bottom:6px; }
-th, td { padding:6px 14px 6px 0; border-bottom:1px solid var(--line); text-align:left; vertical-align:top; }
+th, td { padding:5px 16px 5px 0; border-bottom:1px solid var(--line); text-align:left; vertical-align:top; }
 thead th { border-bottom:2px solid var(--line); font-weight:600; vertical-align:bottom; }
 tbody th { font-weight:500; }
 td.num, th.num { text-align:right; font-variant-numeric:tabular-nums; white-space:nowrap; }
@@ -45,7 +47,7 @@ td.mono { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font
 tr.group th { padding-top:14px; font-weight:650; color:var(--accent); }
 .gain { color:var(--good); font-weight:600; } .loss { color:var(--bad); font-weight:600; }
 .verdict { border-left:4px solid var(--accent); padding:6px 14px; margin:12px 0; max-width:82ch; }
-figure { margin:14px 0 4px; } figure img { width:100%; height:auto; background:#fff; border-radius:6px; display:block; }
+figure { margin:14px 0 4px; } figure img { max-width:100%; height:auto; background:#fff; border-radius:6px; display:block; }
 figcaption { margin-top:6px; max-width:90ch; }
 details summary { cursor:pointer; font-weight:600; margin-top:12px; }
 footer { color:var(--soft); font-size:13px; margin-top:24px; }

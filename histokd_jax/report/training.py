@@ -61,8 +61,8 @@ def training_figures(run: Run) -> Html:
     groups: Mapping[str, tuple[dict[str, Series], str]] = {
         "Validation AUC": (panels(run, "val", is_auc), "AUC on the validation part of each fold, by inference mode."),
         "Loss": (
-            {**panels(run, "train", lambda n: n == "loss"), **panels(run, "val", lambda n: n == "loss")},
-            "Total training loss, mean per epoch, in nats (a sum of weighted terms).",
+            _total_loss(run),
+            "Total loss (sum of weighted terms), mean per epoch; not comparable between runs with other lambdas.",
         ),
         "Loss terms": (panels(run, "train", is_loss_term), "Each unweighted term of the loss, mean per epoch."),
         "Embedding norms": (
@@ -73,6 +73,14 @@ def training_figures(run: Run) -> Html:
     }
     drawn = [_captioned(run, title, *group) for title, group in groups.items() if group[0]]
     return join(drawn or [element("p", "No metrics.jsonl was found in this run directory.", class_="soft")])
+
+
+def _total_loss(run: Run) -> dict[str, Series]:
+    return {
+        f"loss, {split}": series
+        for split in ("train", "val")
+        for series in panels(run, split, lambda name: name == "loss").values()
+    }
 
 
 def _captioned(run: Run, title: str, series: dict[str, Series], caption: str) -> Html:

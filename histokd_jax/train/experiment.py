@@ -110,6 +110,15 @@ def load_experiment(cfg: ConfigDict) -> Experiment:
     return Experiment(cfg, BagReader(manifest), cohort, tables, _folds(cfg, cohort))
 
 
+def resolve_width(cfg: ConfigDict) -> ConfigDict:
+    """The configuration with data.feat_dim=0 replaced by the width of the data set, so that the record is explicit."""
+    if cfg.data.feat_dim or not cfg.data.dir:
+        return cfg
+    resolved = ConfigDict(cfg.to_dict())
+    resolved.data.feat_dim = Manifest.load(cfg.data.dir).feat_dim
+    return resolved.lock()
+
+
 def check_width(manifest: Manifest, expected: int) -> None:
     """Refuses a data set whose embeddings have another width than asked for.
 

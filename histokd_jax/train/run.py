@@ -23,7 +23,7 @@ from histokd_jax.evals.predictions import Predictions, concatenate, read_predict
 from histokd_jax.methods import registry
 from histokd_jax.train import loop, model_dir, provenance, sharding
 from histokd_jax.train.checkpoint import CheckpointMismatchError
-from histokd_jax.train.experiment import Experiment, FoldData, fold_data, load_experiment, share_shapes
+from histokd_jax.train.experiment import Experiment, FoldData, fold_data, load_experiment, resolve_width, share_shapes
 from histokd_jax.train.programs import Programs
 from histokd_jax.train.signals import StopRequest
 from histokd_jax.utils import config as config_utils
@@ -46,6 +46,7 @@ def train(cfg: ConfigDict, workdir: pathlib.Path, command: Sequence[str] = ()) -
       ValueError: contradictory configuration or bad data.
       Interrupted: a signal arrived; checkpoints were written.
     """
+    cfg = resolve_width(cfg)
     registry.method_module(cfg.method).validate(cfg)
     experiment = load_experiment(cfg)
     numbers = fold_numbers(cfg.fold, len(experiment.folds))

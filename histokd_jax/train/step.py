@@ -26,7 +26,7 @@ def loss_and_gradients(
     """
 
     def objective(params):
-        outputs, new_extra = method.forward(params, {}, extra, batch, key, True)
+        outputs, new_extra = method.forward(params, {}, extra, batch, key, True, stage=stage)
         loss, metrics = method.objective(outputs, batch, step, stage)
         return loss, (metrics, new_extra)
 
@@ -46,7 +46,7 @@ def cached_loss_and_gradients(
 
     def bag(params, row):
         one = {**batch, **{k: v[row][None] for k, v in row_fields.items()}}
-        outputs, _ = method.forward(params, {}, extra, one, key, True)
+        outputs, _ = method.forward(params, {}, extra, one, key, True, stage=stage)
         return jax.tree.map(lambda o: o[row], outputs)
 
     rows = jnp.arange(batch[schema.SEGMENT_IDS].shape[0])
@@ -110,7 +110,7 @@ def metric_names(method: Method, stage: str, params: Any, extra: Any, batch: Any
     """Names of the metrics a training step reports, found by tracing the objective without running it."""
 
     def metrics(params, extra, batch, key):
-        outputs, _ = method.forward(params, {}, extra, batch, key, True)
+        outputs, _ = method.forward(params, {}, extra, batch, key, True, stage=stage)
         return method.objective(outputs, batch, jnp.zeros((), jnp.int32), stage)[1]
 
     return sorted([*jax.eval_shape(metrics, params, extra, batch, jax.random.key(0)), "loss", "grad_norm"])

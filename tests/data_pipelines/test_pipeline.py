@@ -223,6 +223,38 @@ def test_a_process_reads_only_the_patches_of_its_rows():
     assert source.reader.requests == expected
 
 
+@pytest.mark.parametrize("batching", ["packed", "padded"])
+def test_recycled_buffers_have_zero_padding_and_kept_batches_never_change(batching):
+    source = _source(batching)
+    assembler = BatchAssembler(source, slice(0, source.plan.rows))
+    steps = [source.plan.step(0, i) for i in range(source.plan.steps_per_epoch)]
+    kept = [assembler(step)["patches"][:, :3] for step in steps]
+    before = [view.copy() for view in kept]
+    addresses = set()
+    for _ in range(3):
+        for step in steps:
+            patches = assembler(step)["patches"]
+            addresses.add(patches.ctypes.data)
+            np.testing.assert_array_equal(patches, _reference_batch(source, step)["patches"])
+    assert len(addresses) <= 2, "a released buffer was not reused"
+    for view, copy in zip(kept, before):
+        np.testing.assert_array_equal(view, copy)
+
+
+def test_a_jax_array_that_shares_a_recycled_buffer_keeps_its_contents():
+    import jax
+
+    source = _source()
+    assembler = BatchAssembler(source, slice(0, source.plan.rows))
+    steps = [source.plan.step(0, i) for i in range(source.plan.steps_per_epoch)]
+    arrays = [jax.device_put(assembler(step)["patches"]) for step in steps]
+    for _ in range(3):
+        for step in steps:
+            assembler(step)
+    for step, array in zip(steps, arrays):
+        np.testing.assert_array_equal(np.asarray(array), _reference_batch(source, step)["patches"])
+
+
 def test_rows_that_cannot_be_shared_are_refused():
     with pytest.raises(ValueError, match="4 rows for 3 processes"):
         make_train_dataset(_source(), process_index=0, process_count=3)

@@ -1,19 +1,24 @@
 """The networks, losses and gradients of MKD and GMKDN against the golden numbers of the public reference."""
 
 import contextlib
+import zlib
 
+import flax.traverse_util
 import golden_fill as gf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from histokd_jax import losses
 from histokd_jax.losses import cross_entropy
 from histokd_jax.methods.mkd import torch_keys
 from histokd_jax.methods.mkd.networks import NetworkSpec, build
 from histokd_jax.methods.mkd.objective import ObjectiveSpec, loss_terms, objective
 from histokd_jax.nn.gated_attention import Bags
+from histokd_jax.nn.genes import TokenEncoder
 
+DEAD_GMKDN = ("coattn_", "transformer.", "multi_fc.", "attention.")
 GROUP = {"s_p": "S_P", "t_m": "T_M", "t_g": "T_G"}
 PRECISIONS = (gf.FLOAT64, gf.FLOAT32)
 
@@ -32,31 +37,44 @@ def one_bag(patches):
     return Bags(patches[None], ids, jnp.arange(n, dtype=jnp.int32)[None], num_slots=1)
 
 
-def run_single(folder, name, case_name, precision, fusion="bilinear", extra_shapes=None, drop=()):
-    """(golden case, outputs by golden name, parameter gradients by checkpoint key, input gradients)."""
+def is_token_encoder(module, _):
+    return isinstance(module, TokenEncoder)
+
+
+def named_intermediates(sown, network, variant):
+    """Sown values under the names of the golden files."""
+    names = {
+        "weights": "attention_genes" if network == "T_M" else "attention",
+        "pooled": "genomic_vector" if variant == "gmkdn" else "pooled_genes",
+        "pooled_mrna": "pooled_mrna",
+        "pooled_cnv": "pooled_cnv",
+        "pooled_path": "pooled_path",
+    }
+    flat = flax.traverse_util.flatten_dict(sown)
+    tokens = {"tokens": v[0] for k, v in flat.items() if k[-2:] == ("tokens", "__call__")}
+    return tokens | {names[k[-1]]: v[0] for k, v in flat.items() if k[-1] in names}
+
+
+def run_single(folder, name, case_name, precision, fusion, extra_shapes, drop):
+    """(golden case, scalar, outputs by golden name, parameter gradients by checkpoint key, input gradients)."""
     case = gf.load(folder, name, case_name)
     variant, network = ("gmkdn" if name.startswith("gmkdn") else "mkd"), GROUP[name.split("_", 1)[1]]
-    state = {k: v for k, v in gf.state_dict(folder, name, extra_shapes).items() if not k.startswith(drop or "\0")}
-    params = cast(torch_keys.from_torch(state, network, variant, fusion), precision)
+    rows = gf.state_dict(folder, name, extra_shapes, drop)
+    params = cast(torch_keys.from_torch(rows, network, variant, fusion), precision)
     arrays = cast({k: gf.inputs(k, tuple(shape)) for k, shape in case["inputs"].items()}, precision)
     net = build(NetworkSpec(variant=variant, fusion=fusion))[network]
 
     def scalar(params, arrays):
         bags = one_bag(arrays["x_path"]) if "x_path" in arrays else None
         streams = {"genes": arrays.get("genes2048", arrays.get("mrna2048")), "cnv": arrays.get("cnv2048")}
-        (embedding, logits), extra = net.apply({"params": params}, bags, streams, mutable=["intermediates"])
+        capture = dict(mutable=["intermediates"], capture_intermediates=is_token_encoder)
+        (embedding, logits), extra = net.apply({"params": params}, bags, streams, **capture)
         outputs = {"logits": logits, "prob": jax.nn.softmax(logits), "embedding": embedding}
-        return cross_entropy(logits, jnp.array([1]))[0], outputs | named(extra.get("intermediates", {}))
+        outputs |= named_intermediates(extra.get("intermediates", {}), network, variant)
+        return cross_entropy(logits, jnp.array([1]))[0], outputs
 
-    def named(sown):
-        flat = {k: v[0] for k, v in sown.get("genes", {}).items() if not isinstance(v, dict)}
-        names = {"weights": "attention_genes" if network == "T_M" else "attention"}
-        pooled = "genomic_vector" if variant == "gmkdn" else "pooled_genes"
-        names |= {"pooled": pooled, "pooled_mrna": "pooled_mrna", "pooled_cnv": "pooled_cnv"}
-        out = {names[k]: v for k, v in flat.items()}
-        return out | {k: v[0] for k, v in sown.items() if k == "pooled_path"}
-
-    (value, outputs), (g_params, g_inputs) = jax.value_and_grad(scalar, (0, 1), has_aux=True)(params, arrays)
+    step = jax.jit(jax.value_and_grad(scalar, (0, 1), has_aux=True))
+    (value, outputs), (g_params, g_inputs) = step(params, arrays)
     if "x_path" in arrays:
         attention = net.apply({"params": params}, one_bag(arrays["x_path"]), method="attention_map")
         outputs["attention" if network == "S_P" else "attention_path"] = attention
@@ -64,39 +82,28 @@ def run_single(folder, name, case_name, precision, fusion="bilinear", extra_shap
     return case, value, outputs, {f"{name}:{k}": g for k, g in gradients.items()}, g_inputs
 
 
+CONCAT_SHAPES = {"mm.0.weight": (512, 512), "mm.0.bias": (512,), "mm.2.weight": (256, 512), "mm.2.bias": (256,)}
 CASES = [
-    ("mkd_s_p", "default", {}),
-    ("mkd_t_m", "default", {}),
-    (
-        "mkd_t_m",
-        "fusion_concat",
-        dict(
-            fusion="concat",
-            drop="mm.linear_",
-            extra_shapes={"mm.0.weight": (512, 512), "mm.0.bias": (512,), "mm.2.weight": (256, 512), "mm.2.bias": (256,)},
-        ),
-    ),
-    ("mkd_t_g", "default", {}),
-    ("gmkdn_t_m", "default", {}),
-    ("gmkdn_t_g", "default", {}),
+    ("mkd_s_p", "default", "bilinear", {}, ()),
+    ("mkd_t_m", "default", "bilinear", {}, ()),
+    ("mkd_t_m", "fusion_concat", "concat", CONCAT_SHAPES, ("mm.linear_", "mm.encoder")),
+    ("mkd_t_g", "default", "bilinear", {}, ()),
+    ("gmkdn_t_m", "default", "bilinear", {}, DEAD_GMKDN),
+    ("gmkdn_t_g", "default", "bilinear", {}, ()),
 ]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name,case_name,options", CASES, ids=[f"{c[0]}-{c[1]}" for c in CASES])
-def test_golden_network(golden_dir, name, case_name, options, precision):
-    if case_name == "fusion_concat":
-        options = options | {"drop": ("mm.linear_", "mm.encoder")}
+@pytest.mark.parametrize("name,case_name,fusion,extra_shapes,drop", CASES, ids=[f"{c[0]}-{c[1]}" for c in CASES])
+def test_golden_network(golden_dir, name, case_name, fusion, extra_shapes, drop, precision):
     with precision_context(precision):
-        case, value, outputs, gradients, g_inputs = run_single(golden_dir, name, case_name, precision, **options)
-        checked = set()
+        case, value, outputs, gradients, g_inputs = run_single(
+            golden_dir, name, case_name, precision, fusion, extra_shapes, drop
+        )
         for key, golden in case["outputs"].items():
-            if key == "tokens":
-                continue
-            # Attention maps are float32 by contract, in either precision.
-            gf.assert_output(golden, outputs[key], gf.FLOAT32 if "attention" in key and "path" in key or key == "attention" and name == "mkd_s_p" else precision, key)
-            checked.add(key)
-        assert checked == set(case["outputs"]) - {"tokens"}
+            # Maps over patches are float32 by contract, in either precision.
+            is_map = key == "attention_path" or (name, key) == ("mkd_s_p", "attention")
+            gf.assert_output(golden, outputs[key], gf.FLOAT32 if is_map else precision, key)
         rtol = 1e-10 if precision == gf.FLOAT64 else 1e-5
         np.testing.assert_allclose(float(value), case["scalar"]["float64"], rtol=rtol)
         gf.assert_gradients(case, gradients, precision)
@@ -120,14 +127,16 @@ def packed_batch(arrays, precision):
 
 def golden_terms(outputs, batch):
     """Every term of the golden file, each computed by the library with only that term switched on."""
-    from histokd_jax import losses
-
     p, m, g = outputs["P"], outputs["M"], outputs["G"]
     z = {n: outputs[f"z_{n}"] for n in "PMG"}
     ours = {f"H_{n}": outputs[n] for n in "PMG"} | {f"z_{n}": z[n] for n in "PMG"}
     ours |= {"SP_PM": losses.sp_loss(p, m), "SP_PG": losses.sp_loss(p, g)}
     ours |= {f"KL_{a}_from_{b}": losses.mutual_kl(z[a], z[b]) for a, b in ("PM", "MP", "PG", "GP")}
-    ours |= {"CORAL_MP": losses.coral_loss(m, p), "CORAL_GP": losses.coral_loss(g, p), "CORAL_GM": losses.coral_loss(g, m)}
+    ours |= {
+        "CORAL_MP": losses.coral_loss(m, p),
+        "CORAL_GP": losses.coral_loss(g, p),
+        "CORAL_GM": losses.coral_loss(g, m),
+    }
     pairs = {"inner_MP": (m, p), "inner_GP": (g, p), "inner_GM": (g, m)}
     ours |= {k: jnp.mean(jnp.sum(a * b, axis=-1)) for k, (a, b) in pairs.items()}
     terms = loss_terms(ObjectiveSpec(), outputs, batch)
@@ -155,12 +164,14 @@ def test_golden_mkd_batch(golden_dir, precision):
                 outputs[n[-1]], outputs[f"z_{n[-1]}"] = net.apply({"params": params[n]}, bags, streams)
             return objective(ObjectiveSpec(), outputs, batch)[0], (outputs, batch)
 
-        (value, (outputs, batch)), grads = jax.value_and_grad(total, (0, 1), has_aux=True)(params, arrays)
-        ours = golden_terms(outputs, batch)
+        (value, (outputs, batch)), grads = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(params, arrays)
+        ours = jax.jit(golden_terms)(outputs, batch)
         assert set(ours) == set(case["outputs"])
         for key, golden in case["outputs"].items():
             gf.assert_output(golden, ours[key], precision, key)
-        np.testing.assert_allclose(float(value), case["scalar"]["float64"], rtol=1e-10 if precision == gf.FLOAT64 else 1e-5)
+        np.testing.assert_allclose(
+            float(value), case["scalar"]["float64"], rtol=1e-10 if precision == gf.FLOAT64 else 1e-5
+        )
         gradients = {f"{prefix[n]}:{k}": g for n in nets for k, g in torch_keys.to_torch(grads[0][n], n).items()}
         gf.assert_gradients(case, gradients, precision)
         gf.assert_input_gradients(case, grads[1], precision)
@@ -169,9 +180,13 @@ def test_golden_mkd_batch(golden_dir, precision):
 @pytest.mark.parametrize("name", ["mkd_s_p", "mkd_t_m", "mkd_t_g", "gmkdn_t_m", "gmkdn_t_g"])
 def test_golden_fill_matches_the_key_table(golden_dir, name):
     for row in gf.key_table(golden_dir, name):
+        if row["used_in_forward"] == "no":
+            continue
         value = gf.fill(row["key"], row["shape"])
-        assert gf.zlib.crc32(row["key"].encode()) == int(row["stream"])
-        np.testing.assert_allclose([value.flat[0], value.sum()], [float(row["first_value"]), float(row["sum"])], rtol=1e-9, atol=1e-9)
+        assert zlib.crc32(row["key"].encode()) == int(row["stream"])
+        np.testing.assert_allclose(
+            [value.flat[0], value.sum()], [float(row["first_value"]), float(row["sum"])], rtol=1e-9, atol=1e-9
+        )
 
 
 def test_golden_fill_rule_self_test():
@@ -183,7 +198,7 @@ def test_golden_fill_rule_self_test():
 @pytest.mark.parametrize("name", ["mkd_s_p", "mkd_t_m", "mkd_t_g", "gmkdn_t_m", "gmkdn_t_g"])
 def test_torch_keys_round_trip(golden_dir, name):
     variant, network = name.split("_", 1)[0], GROUP[name.split("_", 1)[1]]
-    state = gf.state_dict(golden_dir, name)
+    state = gf.state_dict(golden_dir, name, drop=("transformer.",))
     used = {r["key"].split(":")[1] for r in gf.key_table(golden_dir, name) if r["used_in_forward"] == "yes"}
     back = torch_keys.to_torch(torch_keys.from_torch(state, network, variant), network, variant)
     assert set(back) == used

@@ -1,0 +1,75 @@
+"""Recompute the summary of a run, or test its models on another labelled data set.
+
+  histokd evaluate --workdir runs/er                         summary.json again from the stored predictions
+  histokd evaluate --workdir runs/er --data EXTERNAL --labels labels.csv --out runs/er_external
+
+External test: every fold's model is applied unchanged to the whole set; the table shows the mean over the models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+
+HELP = "recompute a run's summary, or test it on another data set"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `histokd evaluate`."""
+    parser.add_argument("--workdir", type=pathlib.Path, required=True, metavar="RUN", help="run directory")
+    parser.add_argument("--data", type=pathlib.Path, metavar="DATASET", help="external data set")
+    parser.add_argument("--labels", default="", metavar="FILE", help="its labels; default: tables/labels.csv")
+    parser.add_argument("--task", default="", help="label column; default: the task of the run")
+    parser.add_argument("--mode", default="pathology", help="pathology (default), both or genomics")
+    parser.add_argument("--genes", default="", metavar="FILE", help="its genes, if the mode needs them")
+    parser.add_argument("--out", type=pathlib.Path, metavar="DIR", help="where to write the external results")
+    parser.add_argument("--bootstrap", type=int, default=2000, help="resamples of the confidence intervals")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes summary.json and prints the table."""
+    from histokd_jax.evals import summary as summaries
+    from histokd_jax.evals.predictions import read_predictions, write_predictions
+
+    if args.data is None:
+        table, out = read_predictions(args.workdir / "predictions_test.csv"), args.workdir
+        facts = _facts(args.workdir)
+    else:
+        table, facts = _external(args)
+        out = args.out or args.workdir / "external"
+        out.mkdir(parents=True, exist_ok=True)
+        write_predictions(out / "predictions_test.csv", table)
+    summary = summaries.summarise(table, num_classes=table.num_classes, bootstrap=args.bootstrap, facts=facts)
+    print(summaries.print_table(summary))
+    print(f"summary: {summaries.write_summary(out / 'summary.json', summary)}")
+    return 0
+
+
+def _facts(workdir: pathlib.Path) -> dict:
+    import json
+
+    path = workdir / "run_manifest.json"
+    if not path.is_file():
+        raise ValueError(f"{workdir} is no run directory: run_manifest.json is missing")
+    manifest = json.loads(path.read_text())
+    return {key: manifest[key] for key in ("task", "method", "simulated", "patient_overlap", "dataset", "seed")}
+
+
+def _external(args: argparse.Namespace):
+    from data_pipelines.manifest import Manifest
+    from histokd_jax import inference
+
+    labels = args.labels or str(args.data / "tables" / "labels.csv")
+    table = inference.predict(
+        inference.model_folders(args.workdir), args.data, args.mode, labels=labels, genes=args.genes, task=args.task
+    )
+    manifest = Manifest.load(args.data)
+    facts = _facts(args.workdir)
+    return table, {
+        **facts,
+        "task": args.task or facts["task"],
+        "dataset": manifest.name,
+        "simulated": manifest.simulated,
+        "data_fingerprint": manifest.fingerprint(),
+        "external": True,
+    }

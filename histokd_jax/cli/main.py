@@ -1,0 +1,102 @@
+"""`histokd`: train with every modality, deploy on H&E alone."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from absl import logging
+
+from histokd_jax import __version__
+from histokd_jax.cli import demo, evaluate, predict, report, simulate, train
+
+COMMANDS = {
+    "demo": demo,
+    "simulate": simulate,
+    "train": train,
+    "evaluate": evaluate,
+    "predict": predict,
+    "report": report,
+}
+
+EPILOG = """\
+A first session:
+  histokd demo                                   everything end to end on a simulated cohort, a few minutes
+  histokd simulate --out data/sim                write a simulated cohort
+  histokd train --config configs/mkd.py:er,fold=all --workdir runs/er --config.data.dir=DATASET
+  histokd predict --model runs/er --data NEW_DATASET --out predictions.csv
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="histokd", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    top.add_argument("--version", action="version", version=f"histokd {__version__}")
+    top.add_argument("--verbose", action="store_true", help="log what is read, planned and compiled")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(sub)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      argv: arguments without the program name; None takes those of the process.
+
+    Returns:
+      Exit code: 0 success, 1 bad input or failure (one clear line on stderr), 130 interrupted after a checkpoint.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    overrides = [text.removeprefix("--config.") for text in rest if text.startswith("--config.")]
+    unknown = [text for text in rest if not text.startswith("--config.")]
+    if unknown or (overrides and not getattr(args, "takes_config", False)):
+        top.error(f"{args.command}: unknown arguments: {' '.join(unknown or rest)}")
+    args.overrides, args.argv = overrides, ["histokd", *argv]
+    logging.set_verbosity(logging.INFO if args.verbose else logging.WARNING)
+    return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    # Imported here so that --help needs no JAX.
+    from histokd_jax.train.loop import DivergedError
+    from histokd_jax.train.signals import Interrupted
+
+    _read_flags()
+    try:
+        return COMMANDS[args.command].run(args) or 0
+    except Interrupted as stopped:
+        print(f"histokd: {stopped}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("histokd: interrupted; the newest checkpoint was kept", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, DivergedError) as error:
+        if args.verbose:
+            raise
+        print(f"histokd {args.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _read_flags() -> None:
+    """Grain's workers read absl flags, which raise unless the flags were parsed."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

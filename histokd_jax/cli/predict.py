@@ -1,0 +1,40 @@
+"""Predict from slides with a trained student; no genes and no teacher parameters are needed.
+
+  histokd predict --model runs/er --data NEW_DATASET --out predictions.csv
+  histokd predict --model runs/er/fold_0/model --data NEW_DATASET --out p.csv --attention attention/
+
+A run directory applies all its folds (one row per slide and fold). --attention writes one CSV per slide with the
+level-0 coordinates and the attention of each patch (first model only).
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+
+HELP = "predict from slides alone with a trained student"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `histokd predict`."""
+    parser.add_argument("--model", type=pathlib.Path, required=True, help="RUN, RUN/fold_0 or a model folder")
+    parser.add_argument("--data", type=pathlib.Path, required=True, metavar="DATASET", help="data set directory")
+    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE.csv", help="predictions")
+    parser.add_argument("--mode", default="pathology", help="pathology (default), both or genomics")
+    parser.add_argument("--genes", default="", metavar="FILE", help="gene table, if the mode needs genes")
+    parser.add_argument("--attention", type=pathlib.Path, metavar="DIR", help="also write attention per patch")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the predictions."""
+    from histokd_jax import inference
+    from histokd_jax.evals.predictions import write_predictions
+
+    folders = inference.model_folders(args.model)
+    table = inference.predict(folders, args.data, args.mode, genes=args.genes)
+    write_predictions(args.out, table)
+    print(f"{len(set(table.slide_id))} slides x {len(folders)} models: {args.out}")
+    if args.attention:
+        files = inference.export_attention(folders[0], args.data, args.mode, args.attention)
+        print(f"attention of {len(files)} slides: {args.attention}")
+    return 0

@@ -1,0 +1,171 @@
+"""Using trained models on a data set: predictions of one mode, and attention of each patch."""
+
+from __future__ import annotations
+
+import csv
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from data_pipelines import packing, schema
+from data_pipelines.atomic import storage_errors
+from data_pipelines.cohort import Cohort, build_cohort
+from data_pipelines.manifest import Manifest
+from data_pipelines.pipeline import SlideTable, StepSource, make_eval_dataset
+from data_pipelines.reader import BagReader
+from histokd_jax.evals.predictions import Predictions, concatenate
+from histokd_jax.train import evaluate, model_dir, sharding
+from histokd_jax.train.experiment import check_width
+from histokd_jax.train.model_dir import Model
+
+
+def model_folders(path: pathlib.Path) -> list[pathlib.Path]:
+    """The model folders of a run directory (all its folds), of a fold, or `path` itself.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    for pattern in (model_dir.MODEL_FILE, f"model/{model_dir.MODEL_FILE}", f"fold_*/model/{model_dir.MODEL_FILE}"):
+        found = sorted(path.glob(pattern))
+        if found:
+            return [file.parent for file in found]
+    raise ValueError(f"{path} holds no trained model: give RUN, RUN/fold_0 or RUN/fold_0/model")
+
+
+def open_cohort(
+    data: pathlib.Path, model: Model, mode: str, *, labels: str = "", genes: str = "", task: str = ""
+) -> tuple[BagReader, Cohort]:
+    """Joins a data set with only the tables that a mode needs.
+
+    Args:
+      data: data set directory.
+      model: the model that will read it.
+      mode: inference mode.
+      labels: label table; empty: none, all labels unknown.
+      genes: gene table; empty: tables/genes.npz of the data set. Read only if the mode needs genes.
+      task: label column; empty: the model's.
+
+    Raises:
+      ValueError: another patch width, missing genes or tables that do not join.
+    """
+    manifest = Manifest.load(data)
+    check_width(manifest, model.spec.feat_dim)
+    genes_path = None
+    if schema.GENES in model.method.mode(mode).fields:
+        genes_path = pathlib.Path(genes) if genes else pathlib.Path(data) / "tables" / "genes.npz"
+        if not genes_path.exists():
+            raise ValueError(f"mode {mode!r} needs genes, but there is no {genes_path.name}: give --genes FILE")
+    cohort = build_cohort(
+        manifest,
+        labels_path=labels or None,
+        task=(task or model.cfg.task) if labels else None,
+        genes_path=genes_path,
+        unit="slide" if model.cfg.data.unit == "slide" or not labels else model.cfg.data.unit,
+        slide_choice=model.cfg.data.slide_choice,
+    )
+    if labels and list(cohort.class_names) != model.class_names:
+        raise ValueError(f"{labels} has classes {list(cohort.class_names)}, the model {model.class_names}")
+    return BagReader(manifest), cohort
+
+
+def _source(reader: BagReader, cohort: Cohort, model: Model, with_coords: bool = False) -> StepSource:
+    fields: dict[str, Any] = {}
+    for field, selection in model.selections.items():
+        fields[field] = selection.apply_table(cohort.genes)
+        fields[schema.HAS_GENES] = cohort.has_genes
+    plan = packing.plan_evaluation(
+        reader.manifest.sizes[cohort.slide_index],
+        target_capacity=16 * model.cfg.data.chunk,
+        num_slots=model.cfg.eval.slots,
+        multiple_of=model.cfg.data.chunk,
+    )
+    table = SlideTable(cohort.slide_index, fields)
+    return StepSource(reader, table, plan, dtype=reader.manifest.dtype, with_coords=with_coords)
+
+
+def predict(folders: Sequence[pathlib.Path], data: pathlib.Path, mode: str, **tables: str) -> Predictions:
+    """Predictions of every model on every slide of a data set (the fold column tells the models apart).
+
+    Args:
+      folders: model folders.
+      data: data set directory; genes are read only if the mode needs them.
+      mode: inference mode.
+      **tables: labels, genes, task as in `open_cohort`.
+
+    Returns:
+      One row per slide and model.
+    """
+    mesh = sharding.make_mesh(1)
+    parts = []
+    for folder in folders:
+        model = model_dir.load(folder, mode)
+        reader, cohort = open_cohort(data, model, mode, **tables)
+        if cohort.dropped:
+            logging.warning("%s", _drop_text(cohort))
+        run = jax.jit(lambda batch, model=model: model.method.predict(model.params, {}, model.extra, batch, mode))
+
+        def step(batch, number, run=run):
+            del number
+            return {mode: run(batch)}
+
+        def bar(batches: Iterable, name=folder.parent.name) -> Iterable:
+            return tqdm(batches, desc=f"{mode}, {name}", unit="step", disable=None)
+
+        source = _source(reader, cohort, model)
+        probs = evaluate.predict_source(step, source, mesh, threads=2, progress=bar)
+        parts.append(evaluate.as_table(probs, source.table.slide_index, cohort, model.facts["fold"]))
+    return concatenate(parts)
+
+
+def _drop_text(cohort: Cohort) -> str:
+    report = cohort.report()["dropped"]
+    return "left out: " + ", ".join(f"{v['n']} ({reason}: {', '.join(v['ids'][:3])})" for reason, v in report.items())
+
+
+def export_attention(folder: pathlib.Path, data: pathlib.Path, mode: str, out: pathlib.Path) -> list[pathlib.Path]:
+    """Writes one CSV per slide: x, y (level-0 pixels, -1 if the data set has no coordinates) and attention.
+
+    Args:
+      folder: a model folder.
+      data: data set directory.
+      mode: an inference mode that reads patches.
+      out: folder of the CSV files.
+
+    Returns:
+      The files, in manifest order.
+    """
+    model = model_dir.load(folder, mode)
+    reader, cohort = open_cohort(data, model, mode)
+    source = _source(reader, cohort, model, with_coords=True)
+    mesh = sharding.make_mesh(1)
+    run = jax.jit(lambda batch: model.method.attention(model.params, {}, model.extra, batch, mode))
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    files = []
+    for batch in tqdm(make_eval_dataset(source, num_threads=2), desc="attention", unit="step", disable=None):
+        weights = np.asarray(run(sharding.put_batch(mesh, batch)))
+        files += _write_step(batch, weights, reader.manifest, out)
+    return sorted(files)
+
+
+def _write_step(
+    batch: Mapping[str, np.ndarray], weights: np.ndarray, manifest: Manifest, out: pathlib.Path
+) -> list[pathlib.Path]:
+    segments, coords = batch[schema.SEGMENT_IDS].reshape(-1), batch[schema.COORDS].reshape(-1, 2)
+    weights = weights.reshape(-1)
+    files = []
+    for slot in np.flatnonzero(batch[schema.SLIDE_INDEX] >= 0):
+        slide = manifest.slides[int(batch[schema.SLIDE_INDEX][slot])]
+        mine = np.flatnonzero(segments == slot + 1)
+        path = out / f"{slide.slide_id}.csv"
+        with storage_errors(path), path.open("w", newline="") as stream:
+            rows = csv.writer(stream)
+            rows.writerow(("x", "y", "attention"))
+            rows.writerows((int(coords[i, 0]), int(coords[i, 1]), float(weights[i])) for i in mine)
+        files.append(path)
+    return files

@@ -1,0 +1,191 @@
+"""Builds RUN/report.html: one self-contained page (no script, no external resource) about a finished run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from histokd_jax.evals.predictions import atomic_writer
+from histokd_jax.evals.summary import compare
+from histokd_jax.report import plots, results
+from histokd_jax.report.html import Cell, Html, element, join, page, section, table
+from histokd_jax.report.run_dir import OVERLAP, SIMULATED, Run, flatten, lambdas, load_run
+from histokd_jax.report.training import training_figures
+
+BANNERS = {
+    SIMULATED: (
+        "Simulated bags. ",
+        "The patch embeddings behind every number here were generated, not extracted from slides. The numbers show how "
+        "the software behaves; they say nothing about patients.",
+    ),
+    OVERLAP: (
+        "Within one patient, across sections. ",
+        "Training and test data come from the same patient, so these numbers do not estimate performance on new "
+        "patients.",
+    ),
+}
+SHOWN_ELSEWHERE = ("cohort", "simulated", "patient_overlap")
+
+
+def build_report(run_dir: str | os.PathLike[str]) -> pathlib.Path:
+    """Write RUN_DIR/report.html from the files of a finished run (layout: `report.run_dir`).
+
+    Args:
+      run_dir: run directory; a subdirectory `control` with the same layout holds the same student with every lambda
+        at 0, and is compared in pairs.
+
+    Returns:
+      Path of the report.
+
+    Raises:
+      ImportError: without Matplotlib; names the extra `report`.
+      RunDirError: if a file is missing or inconsistent.
+    """
+    plots.require_matplotlib()
+    run = load_run(pathlib.Path(run_dir))
+    target = run.directory / "report.html"
+    with atomic_writer(target) as stream:
+        stream.write(render(run))
+    return target
+
+
+def render(run: Run) -> str:
+    """The whole page as a string."""
+    comparison = _comparison(run)
+    title = " · ".join([_name(run), *run.marks])
+    return page(
+        title,
+        _header(run),
+        *(element("div", element("strong", BANNERS[mark][0]), BANNERS[mark][1], class_="banner") for mark in run.marks),
+        results.tiles(run, comparison),
+        section("trained", "What was trained", _what_was_trained(run)),
+        section("results", "Results on the test folds", results.results_table(run)),
+        section("distillation", "What distillation bought", results.comparison_section(run, comparison)),
+        section("curves", "ROC and precision-recall", results.curve_figures(run)),
+        section("calibration", "Calibration", results.calibration_figure(run)),
+        section("training", "Training", training_figures(run)),
+        section("folds", "Folds", results.fold_table(run)),
+        section("provenance", "Provenance", _provenance(run)),
+        element("footer", "Written by histokd_jax. Research software: not a medical device."),
+    )
+
+
+def _comparison(run: Run) -> dict[str, Any] | None:
+    if run.control is None:
+        return None
+    facts = run.summary["bootstrap"]
+    return compare(
+        run.test,
+        run.control.test,
+        bootstrap=facts["resamples"],
+        seed=facts["seed"],
+        stratified=facts["stratified"],
+        unit=facts["unit"],
+    )
+
+
+def _name(run: Run) -> str:
+    facts = run.manifest
+    parts = [str(facts.get("method", "")).upper(), str(facts.get("task") or ""), str(facts.get("dataset") or "")]
+    return " · ".join(part for part in parts if part) or run.directory.name
+
+
+def _header(run: Run) -> Html:
+    links = {
+        "trained": "What was trained",
+        "results": "Results",
+        "distillation": "What distillation bought",
+        "curves": "ROC / PRC",
+        "calibration": "Calibration",
+        "training": "Training",
+        "folds": "Folds",
+        "provenance": "Provenance",
+    }
+    folds = len(run.test.folds)
+    patients = run.summary["modes"][run.headline_mode]["n_patients"]
+    words = f"{folds} fold{'s' * (folds > 1)}, {patients} test patient{'s' * (patients > 1)}"
+    return element(
+        "header",
+        element("h1", _name(run)),
+        element("p", *(element("span", mark, class_="badge") for mark in run.marks), words),
+        element("nav", *(element("a", text, href=f"#{anchor}") for anchor, text in links.items())),
+    )
+
+
+def _what_was_trained(run: Run) -> Html:
+    weights = {key.split(".")[-1]: value for key, value in lambdas(run.config).items()}
+    facts = {
+        "Method": run.manifest.get("method"),
+        "Task": run.manifest.get("task"),
+        "Data set": run.manifest.get("dataset"),
+        "Classes": run.test.num_classes,
+        "Folds": len(run.test.folds),
+        "Loss weights": ", ".join(f"{key} = {value:g}" for key, value in weights.items()),
+        "Epoch chosen by": (run.config.get("early_stop") or {}).get("monitor"),
+        "Control": "same student, every lambda at 0" if run.control else "none",
+    }
+    rows = [[key, Cell(str(value), css="")] for key, value in facts.items() if value not in (None, "")]
+    parts = [table(["Item", "Value"], rows, caption="The run.", marks=run.marks)]
+    if run.manifest.get("cohort"):
+        parts.append(_cohort_table(run))
+    return element("div", *parts, class_="columns")
+
+
+def _cohort_table(run: Run) -> Html:
+    cohort = dict(run.manifest["cohort"])
+    dropped: Mapping[str, Any] = cohort.pop("dropped", {}) or {}
+    rows: list[list[Cell | str]] = [["Kept"]]
+    counts = [(key, value) for key, value in flatten(cohort) if isinstance(value, int) and not isinstance(value, bool)]
+    rows += [[_words(key), Cell(str(value)), ""] for key, value in counts]
+    rows.append(["Dropped, by reason"])
+    rows += [[str(reason), Cell(str(_drop_count(entry))), _drop_ids(entry)] for reason, entry in dropped.items()]
+    if not dropped:
+        rows.append(["nothing", Cell("0"), ""])
+    return table(["Cohort", "Count", "Which"], rows, caption="Who entered, and who did not.", marks=run.marks)
+
+
+def _drop_count(entry: Any) -> int:
+    if isinstance(entry, Mapping):
+        return entry["n"]
+    return len(entry) if isinstance(entry, list) else int(entry)
+
+
+def _drop_ids(entry: Any) -> str:
+    ids = entry.get("ids", []) if isinstance(entry, Mapping) else entry if isinstance(entry, list) else []
+    shown = ", ".join(map(str, ids[:8]))
+    return f"{shown} and {len(ids) - 8} more" if len(ids) > 8 else shown
+
+
+def _provenance(run: Run) -> Html:
+    caption = "Software, seeds, fingerprints and command of this run."
+    parts = [table(["Item", "Value"], _rows(_manifest_facts(run.manifest)), caption=caption, marks=run.marks)]
+    if run.control is not None:
+        ours = dict(_manifest_facts(run.manifest))
+        changed = [(key, value) for key, value in _manifest_facts(run.control.manifest) if ours.get(key) != value]
+        if changed:
+            caption = "Where the control differs."
+            parts.append(table(["Item", "Value"], _rows(changed), caption=caption, marks=run.marks))
+    config = element("pre", json.dumps(run.config, indent=1, default=str), class_="scroll soft")
+    return join([*parts, element("details", element("summary", "Resolved config"), config)])
+
+
+def _manifest_facts(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield from flatten({key: value for key, value in manifest.items() if key not in SHOWN_ELSEWHERE})
+
+
+def _rows(facts: Any) -> list[list[Cell | str]]:
+    return [[key, Cell(_text(value), css="mono")] for key, value in facts]
+
+
+def _words(key: str) -> str:
+    name = "samples" if key == "n" else key
+    return name.replace("_", " ").replace("classes.", "class ").replace(".", ": ").removeprefix("n ")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    return "" if value is None else str(value)
