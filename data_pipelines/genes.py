@@ -176,8 +176,8 @@ def select_genes(
       exclude: gene names never selected (absent names are noted in `source`).
       nan_policy: "error", or "zero" (missing raw values are read as 0).
       clip: bound on prepared values, or None.
-      seed: of "random".
-      ranking_table: gene -> p, for ranking="table".
+      seed: of filter "random".
+      ranking_table: gene -> p, of ranking "table".
 
     Returns:
       The selection.
@@ -207,9 +207,8 @@ def select_genes(
         }
         ranked = rank_genes(shown[seen], names, ranking=ranking, **targets)
     chosen = _cut(ranked.order, filter, top_k, token_size, len(table.names))
-    scope = "external" if ranking == "table" else ranking_scope
-    how = {"seed": seed} if filter == "random" else {"ranking": ranking, "ranking_scope": scope}
-    how |= {"filter": filter, "normalisation": normalisation, "top_k": top_k, "token_size": token_size}
+    how = {"filter": filter, "normalisation": normalisation, "top_k": top_k, "token_size": token_size}
+    how |= _criterion(filter, ranking, ranking_scope, seed)
     return GeneSelection(
         names=tuple(names[c] for c in chosen),
         columns=candidates[chosen],
@@ -226,6 +225,12 @@ def _readable(table: GeneTable, rows: np.ndarray, columns: np.ndarray, nan_polic
     names, cases = [table.names[column] for column in columns], [table.case_id[row] for row in rows]
     values = _fill_missing(table.values[np.ix_(rows, columns)], names, cases, nan_policy)
     return _base(values, names, cases, log2p1=log2p1)
+
+
+def _criterion(filter: str, ranking: str, scope: str, seed: int) -> dict[str, Any]:
+    if filter == "random":
+        return {"seed": seed}
+    return {"ranking": ranking, "ranking_scope": "external" if ranking == "table" else scope}
 
 
 def _facts(table: GeneTable, ranked: Ranking, exclude: Sequence[str]) -> dict[str, Any]:

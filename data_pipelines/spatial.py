@@ -11,55 +11,27 @@ states no licence: build and measure locally, do not redistribute the result.
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import json
+import itertools
 import os
 import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import pandas as pd
 
 from data_pipelines import descriptors
-from data_pipelines.genes import GeneTable, write_gene_table
+from data_pipelines.errors import DataError
+from data_pipelines.genes import GeneTable
+from data_pipelines.her2st import IMAGES, Section, open_image, read_section, thin
 from data_pipelines.manifest import Manifest
+from data_pipelines.table_files import write_csv, write_json
+from data_pipelines.tables import write_gene_table
 from data_pipelines.writer import DatasetWriter
 
-IMAGES = {"C2": "5714_HE_BT_C2.jpg", "C3": "5714_HE_BT_D1.jpg"}
 CASE_ID = "her2st-patient-C"
 SPOT_PITCH_UM = 200.0  # centre-to-centre distance of the array (Andersson et al. 2021)
 DESCRIPTORS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"stain_lbp_glcm": descriptors.describe_patches}
 STANDARDISE = ("none", "per_section")
 _FOLD_COLUMNS = ("train", "train_label", "val", "val_label", "test", "test_label")
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """One section: its usable spots and what was left out.
-
-    Attributes:
-      name: "C2" or "C3".
-      spots: array positions "XxY", sorted as (X, Y).
-      pixels: [n, 2] float64 spot centres (x, y) in pixels of the full-resolution image.
-      clusters: [n] int32 expression cluster.
-      counts: spots x genes, raw counts (index = `spots`).
-      dropped: (spot, reason) of every spot that some table names but that cannot be used.
-      pitch_px: distance of neighbouring array positions in pixels (least-squares fit over all selected spots).
-    """
-
-    name: str
-    spots: tuple[str, ...]
-    pixels: np.ndarray
-    clusters: np.ndarray
-    counts: pd.DataFrame
-    dropped: tuple[tuple[str, str], ...]
-    pitch_px: float
-
-    @property
-    def slide_ids(self) -> tuple[str, ...]:
-        """Slide id of every spot, e.g. "her2st-C2-10x21"."""
-        return tuple(f"her2st-{self.name}-{spot}" for spot in self.spots)
 
 
 def build_her2st(
@@ -98,12 +70,14 @@ def build_her2st(
 
     Raises:
       FileNotFoundError: if a source file is missing.
-      ValueError: if an option is unknown or out of range, or the source files contradict each other.
+      DataError: if an option is unknown or out of range, or the source files contradict each other.
     """
-    _check_options(patch_px, grid, stride_px, descriptor, standardise, min_spot_fraction, val_fraction)
+    sizes = {"patch_px": (patch_px, 16), "grid": (grid, 1), "stride_px": (stride_px, 1)}
+    fractions = {"min_spot_fraction": min_spot_fraction, "val_fraction": val_fraction}
+    _check_options(sizes, fractions, descriptor, standardise)
     source, directory = pathlib.Path(source_dir), pathlib.Path(directory)
     reach = ((grid - 1) * stride_px + patch_px) / 2
-    sections = [_thin(read_section(source, name, reach), max_spots) for name in IMAGES]
+    sections = [thin(read_section(source, name, reach), max_spots) for name in IMAGES]
     pitch = float(np.mean([s.pitch_px for s in sections]))
     writer = DatasetWriter(
         directory,
@@ -117,65 +91,16 @@ def build_her2st(
     )
     with writer:
         for section in sections:
-            _write_section(writer, source, section, patch_px, grid, stride_px, DESCRIPTORS[descriptor], standardise)
+            with open_image(source / section.name / IMAGES[section.name]) as opened:
+                image = np.asarray(opened.convert("RGB"))
+            origins = [patch_origins(centre, patch_px, grid, stride_px) for centre in section.pixels]
+            bags = describe_section(image, origins, patch_px, DESCRIPTORS[descriptor], standardise)
+            _add_bags(writer, section, bags, origins)
         genes = expression_table(sections, min_spot_fraction)
         _write_tables(directory, sections, genes)
         write_section_folds(directory / "tables" / "splits" / "section_folds", sections, val_fraction, seed)
-        _write_json(directory / "build_report.json", _report(sections, genes, descriptor, standardise))
+        write_json(directory / "build_report.json", _report(sections, genes, descriptor, standardise))
     return Manifest.load(directory)
-
-
-def read_section(source: pathlib.Path, name: str, reach_px: float) -> Section:
-    """Joins counts, spot positions and cluster annotation of one section; nothing is dropped without a reason.
-
-    Args:
-      source: folder that holds `<name>/`.
-      name: "C2" or "C3".
-      reach_px: half the side of the image window of a spot; spots whose window leaves the image are dropped.
-
-    Returns:
-      The section with its usable spots.
-
-    Raises:
-      FileNotFoundError: if a source file is missing.
-      ValueError: if a table lacks a column or names a spot twice.
-    """
-    folder = source / name
-    counts = pd.read_csv(_existing(folder / f"{name}.tsv.gz"), sep="\t", index_col=0)
-    selection = _by_spot(folder / f"{name}_selection.tsv", ("pixel_x", "pixel_y"))
-    annotation = _by_spot(folder / f"{name}-cluster-annotation.tsv.gz", ("label",))
-    if counts.index.has_duplicates:
-        raise ValueError(f"{folder / f'{name}.tsv.gz'}: spot {_first_duplicate(counts.index)!r} occurs twice")
-    width, height = _image_size(_existing(folder / IMAGES[name]))
-    usable, dropped = [], []
-    for spot in sorted({*counts.index, *selection.index, *annotation.index}, key=_array_position):
-        reason = _why_unusable(spot, counts, selection, annotation, (width, height), reach_px)
-        dropped.append((spot, reason)) if reason else usable.append(spot)
-    return Section(
-        name=name,
-        spots=tuple(usable),
-        pixels=selection.loc[usable, ["pixel_x", "pixel_y"]].to_numpy(np.float64),
-        clusters=annotation.loc[usable, "label"].to_numpy(np.int32),
-        counts=counts.loc[usable],
-        dropped=tuple(dropped),
-        pitch_px=spot_pitch(selection),
-    )
-
-
-def spot_pitch(selection: pd.DataFrame) -> float:
-    """Distance of neighbouring array positions in pixels: mean slope of pixel position on array index (x and y).
-
-    The median distance to the nearest spot is smaller (271 px against 291 px here), because printed spots scatter
-    around the array and a minimum over four neighbours picks the closest one.
-
-    Args:
-      selection: columns x, y (array index), pixel_x, pixel_y.
-
-    Returns:
-      Pitch in pixels.
-    """
-    slopes = [np.polyfit(selection[a], selection[f"pixel_{a}"], 1)[0] for a in ("x", "y")]
-    return float(np.mean(slopes))
 
 
 def patch_origins(centre: np.ndarray, patch_px: int, grid: int, stride_px: int) -> np.ndarray:
@@ -209,7 +134,7 @@ def expression_table(sections: Sequence[Section], min_spot_fraction: float) -> G
       Table keyed by spot id; genes in alphabetical order; values float32.
 
     Raises:
-      ValueError: if a spot has no counts at all or no gene passes.
+      DataError: if a spot has no counts at all or no gene passes.
     """
     names = sorted(set.intersection(*(set(s.counts.columns) for s in sections)))
     keep = np.ones(len(names), bool)
@@ -219,11 +144,11 @@ def expression_table(sections: Sequence[Section], min_spot_fraction: float) -> G
         total = section.counts.to_numpy(np.float64).sum(axis=1)
         if not (total > 0).all():
             spot = section.spots[int(np.argmin(total))]
-            raise ValueError(f"section {section.name}: spot {spot!r} has no counts; expected at least one")
+            raise DataError(f"section {section.name}: spot {spot!r} has no counts; expected at least one")
         keep &= (raw > 0).mean(axis=0) >= min_spot_fraction
         blocks.append(np.log1p(raw / total[:, None] * 1e4))
     if not keep.any():
-        raise ValueError(f"no gene is expressed in {min_spot_fraction:.0%} of the spots of each section; lower it")
+        raise DataError(f"no gene is expressed in {min_spot_fraction:.0%} of the spots of each section; lower it")
     values = np.concatenate(blocks)[:, keep].astype(np.float32)
     genes = tuple(name for name, kept in zip(names, keep) if kept)
     return GeneTable(tuple(i for s in sections for i in s.slide_ids), genes, values)
@@ -238,7 +163,6 @@ def write_section_folds(folder: pathlib.Path, sections: Sequence[Section], val_f
       val_fraction: fraction of the training section's spots drawn, without replacement, for validation.
       seed: seeds the draw.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     for fold, (source, target) in enumerate((sections, sections[::-1])):
         order = np.random.default_rng([seed, fold]).permutation(len(source.spots))
         n_val = max(1, round(val_fraction * len(order)))
@@ -247,109 +171,46 @@ def write_section_folds(folder: pathlib.Path, sections: Sequence[Section], val_f
         for section, rows in zip((source, source, target), parts):
             columns.append([section.slide_ids[r] for r in rows])
             columns.append([str(section.clusters[r]) for r in rows])
-        _write_padded(folder / f"splits_{fold}.csv", _FOLD_COLUMNS, columns)
+        write_csv(folder / f"splits_{fold}.csv", _FOLD_COLUMNS, itertools.zip_longest(*columns, fillvalue=""))
 
 
-def _check_options(patch_px, grid, stride_px, descriptor, standardise, min_spot_fraction, val_fraction) -> None:
+def _check_options(
+    sizes: dict[str, tuple[int, int]], fractions: dict[str, float], descriptor: str, standardise: str
+) -> None:
+    """`sizes` holds (value, least value) of each integer option."""
     if descriptor not in DESCRIPTORS:
-        raise ValueError(f"descriptor {descriptor!r} is unknown; expected one of {sorted(DESCRIPTORS)}")
+        raise DataError(f"descriptor {descriptor!r} is unknown; expected one of {sorted(DESCRIPTORS)}")
     if standardise not in STANDARDISE:
-        raise ValueError(f"standardise {standardise!r} is unknown; expected one of {STANDARDISE}")
-    for name, value, low in (("patch_px", patch_px, 16), ("grid", grid, 1), ("stride_px", stride_px, 1)):
+        raise DataError(f"standardise {standardise!r} is unknown; expected one of {STANDARDISE}")
+    for name, (value, low) in sizes.items():
         if value < low:
-            raise ValueError(f"{name} is {value}; expected at least {low}")
-    for name, value in (("min_spot_fraction", min_spot_fraction), ("val_fraction", val_fraction)):
+            raise DataError(f"{name} is {value}; expected at least {low}")
+    for name, value in fractions.items():
         if not 0.0 < value < 1.0:
-            raise ValueError(f"{name} is {value}; expected a fraction between 0 and 1")
+            raise DataError(f"{name} is {value}; expected a fraction between 0 and 1")
 
 
-def _existing(path: pathlib.Path) -> pathlib.Path:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; expected the her2st files of sections {sorted(IMAGES)}")
-    return path
+def describe_section(
+    image: np.ndarray,
+    origins: Sequence[np.ndarray],
+    patch_px: int,
+    describe: Callable[[np.ndarray], np.ndarray],
+    standardise: str = "none",
+) -> list[np.ndarray]:
+    """Descriptors of the patches of all spots of one section.
 
+    Args:
+      image: [H, W, 3] uint8.
+      origins: per spot, [n, 2] int32 top-left corners (x, y).
+      patch_px: patch side in pixels.
+      describe: descriptor, [n, P, P, 3] uint8 -> [n, D] float32.
+      standardise: one of `STANDARDISE`.
 
-def _by_spot(path: pathlib.Path, needed: tuple[str, ...]) -> pd.DataFrame:
-    """Table with columns x, y and `needed`, indexed by the array position "XxY"."""
-    table = pd.read_csv(_existing(path), sep="\t")
-    missing = [c for c in ("x", "y", *needed) if c not in table]
-    if missing:
-        raise ValueError(f"{path}: no column {missing}; found {list(table.columns)}")
-    table.index = table["x"].astype(str) + "x" + table["y"].astype(str)
-    if table.index.has_duplicates:
-        raise ValueError(f"{path}: spot {_first_duplicate(table.index)!r} occurs twice; expected one row per spot")
-    return table
-
-
-def _first_duplicate(index: pd.Index) -> str:
-    return index[index.duplicated()][0]
-
-
-def _array_position(spot: str) -> tuple[int, int]:
-    x, y = spot.split("x")
-    return int(x), int(y)
-
-
-def _why_unusable(spot, counts, selection, annotation, image_size, reach_px) -> str | None:
-    if spot not in counts.index:
-        return "no expression counts"
-    if spot not in selection.index:
-        return "no image position"
-    if spot not in annotation.index:
-        return "no cluster annotation"
-    centre = selection.loc[spot, ["pixel_x", "pixel_y"]].to_numpy(np.float64)
-    # One pixel of slack: patch corners are rounded to whole pixels.
-    if (centre < reach_px + 1).any() or (centre > np.asarray(image_size) - reach_px - 1).any():
-        return "image window leaves the section image"
-    return None
-
-
-def _thin(section: Section, max_spots: int | None) -> Section:
-    if max_spots is None or max_spots >= len(section.spots):
-        return section
-    rows = np.linspace(0, len(section.spots) - 1, max_spots).astype(int)
-    return dataclasses.replace(
-        section,
-        spots=tuple(section.spots[r] for r in rows),
-        pixels=section.pixels[rows],
-        clusters=section.clusters[rows],
-        counts=section.counts.iloc[rows],
-    )
-
-
-def _pillow():
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("reading section images needs Pillow; install it with: pip install 'histokd_jax[wsi]'") from error
-    return Image
-
-
-def _image_size(path: pathlib.Path) -> tuple[int, int]:
-    with _open_large(path) as image:
-        return image.size
-
-
-def _open_large(path: pathlib.Path):
-    """Opens a section image (about 92 megapixels), above Pillow's default guard against decompression bombs."""
-    pillow = _pillow()
-    limit, pillow.MAX_IMAGE_PIXELS = pillow.MAX_IMAGE_PIXELS, None
-    try:
-        return pillow.open(path)
-    finally:
-        pillow.MAX_IMAGE_PIXELS = limit
-
-
-def _write_section(writer, source, section, patch_px, grid, stride_px, describe, standardise) -> None:
-    with _open_large(source / section.name / IMAGES[section.name]) as opened:
-        image = np.asarray(opened.convert("RGB"))
-    origins = [patch_origins(centre, patch_px, grid, stride_px) for centre in section.pixels]
+    Returns:
+      Per spot, [n, D] float32.
+    """
     bags = [describe(cut_patches(image, corners, patch_px)) for corners in origins]
-    if standardise == "per_section":
-        bags = standardise_bags(bags)
-    for slide_id, spot, bag, corners in zip(section.slide_ids, section.spots, bags, origins):
-        source_name = f"{IMAGES[section.name]} spot {spot}"
-        writer.add(slide_id, CASE_ID, bag.astype(np.float16), corners, source=source_name)
+    return standardise_bags(bags) if standardise == "per_section" else bags
 
 
 def cut_patches(image: np.ndarray, origins: np.ndarray, patch_px: int) -> np.ndarray:
@@ -381,32 +242,24 @@ def standardise_bags(bags: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [((bag - mean) / scale).astype(np.float32) for bag in bags]
 
 
+def _add_bags(
+    writer: DatasetWriter, section: Section, bags: Sequence[np.ndarray], origins: Sequence[np.ndarray]
+) -> None:
+    for slide_id, spot, bag, corners in zip(section.slide_ids, section.spots, bags, origins):
+        writer.add(slide_id, CASE_ID, bag, corners, source=f"{IMAGES[section.name]} spot {spot}")
+
+
 def _write_tables(directory: pathlib.Path, sections: Sequence[Section], genes: GeneTable) -> None:
     tables = directory / "tables"
-    tables.mkdir(parents=True, exist_ok=True)
     rows = [
         (slide_id, int(cluster), section.name)
         for section in sections
         for slide_id, cluster in zip(section.slide_ids, section.clusters)
     ]
-    columns = [[str(v) for v in column] for column in zip(*rows)]
-    _write_padded(tables / "labels.csv", ("case_id", "cluster", "section"), columns)
+    write_csv(tables / "labels.csv", ("case_id", "cluster", "section"), rows)
     clusters = sorted({cluster for _, cluster, _ in rows})
-    _write_json(tables / "label_names.json", {"cluster": {str(c): f"expression cluster {c}" for c in clusters}})
-    write_gene_table(tables / "genes.npz", genes)
-
-
-def _write_padded(path: pathlib.Path, header: Sequence[str], columns: Sequence[Sequence[str]]) -> None:
-    """Writes columns of unequal length as CSV, padded with empty cells."""
-    depth = max(len(column) for column in columns)
-    with path.open("w", newline="") as file:
-        out = csv.writer(file, lineterminator="\n")
-        out.writerow(header)
-        out.writerows([column[i] if i < len(column) else "" for column in columns] for i in range(depth))
-
-
-def _write_json(path: pathlib.Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(tables / "label_names.json", {"cluster": {str(c): f"expression cluster {c}" for c in clusters}})
+    write_gene_table(genes, tables / "genes.npz")
 
 
 def _notes(standardise: str, min_spot_fraction: float) -> str:

@@ -198,7 +198,8 @@ def print_table(summary: Mapping[str, Any]) -> str:
     for mode, entry in summary["modes"].items():
         for name, row in entry["metrics"].items():
             interval = "[" + ", ".join(_fixed(x) for x in row["ci"]) + "]"
-            cells = f"{_fixed(row['mean']):>6} +- {_fixed(row['std']):>5}  {interval:<16} {row['reason'] or ''}"
+            spread = f"+- {_fixed(row['std']):>5}" if row["n_folds"] > 1 else " " * 8
+            cells = f"{_fixed(row['mean']):>6} {spread}  {interval:<16} {row['reason'] or ''}"
             lines.append(f"{mode:<12} {LABELS[name]:<30} {cells}".rstrip())
     return "\n".join(lines) + "\n"
 

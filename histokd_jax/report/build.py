@@ -104,9 +104,8 @@ def _header(run: Run) -> Html:
         "folds": "Folds",
         "provenance": "Provenance",
     }
-    folds = len(run.test.folds)
     patients = run.summary["modes"][run.headline_mode]["n_patients"]
-    words = f"{folds} fold{'s' * (folds > 1)}, {patients} test patient{'s' * (patients > 1)}"
+    words = f"{results.count(len(run.test.folds), 'fold')}, {results.count(patients, 'test patient')}"
     return element(
         "header",
         element("h1", _name(run)),

@@ -50,8 +50,10 @@ def element(name: str, /, *children: str, **attributes: str) -> Html:
 
 
 def join(parts: Iterable[str]) -> Html:
-    """Concatenate, escaping what is not markup."""
-    return Html("".join(part if isinstance(part, Html) else html.escape(part) for part in parts))
+    """Concatenate, escaping what is not markup; a per cent sign stays on the line of its number."""
+    return Html(
+        "".join(part if isinstance(part, Html) else html.escape(part).replace(" %", "&nbsp;%") for part in parts)
+    )
 
 
 def badges(marks: Sequence[str]) -> Html:

@@ -38,6 +38,11 @@ def number(value: float | None, *, signed: bool = False) -> str:
     return f"{value:+.3f}".replace("-", "\N{MINUS SIGN}") if signed else f"{value:.3f}".replace("-", "\N{MINUS SIGN}")
 
 
+def count(n: int, what: str) -> str:
+    """ "1 fold", "5 folds"."""
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
 def interval(ends: list[float | None], *, signed: bool = False) -> str:
     """ "[low, high]", or "no interval"."""
     if any(end is None for end in ends):
@@ -51,7 +56,7 @@ def tiles(run: Run, comparison: Mapping[str, Any] | None) -> Html:
     unit = run.summary["bootstrap"]["unit"]
     for mode, entry in run.summary["modes"].items():
         row = entry["metrics"]["auroc"]
-        small = f"95 % CI {interval(row['ci'])}; {entry['n_patients']} patients" + _resampled(unit)
+        small = f"95 % CI {interval(row['ci'])}; {count(entry['n_patients'], 'patient')}" + _resampled(unit)
         shown.append(_tile(f"AUROC, {mode_title(mode)}", number(row["mean"]), small, run))
     if comparison and run.headline_mode in comparison["modes"]:
         row = comparison["modes"][run.headline_mode]["metrics"]["auroc"]
@@ -69,15 +74,17 @@ def results_table(run: Run) -> Html:
         cells = []
         for mode, entry in modes.items():
             row = entry["metrics"][name]
-            cells.append(Cell(f"{number(row['mean'])} ± {number(row['std'])}", interval(row["ci"])))
+            spread = f" ± {number(row['std'])}" if row["n_folds"] > 1 else ""
+            cells.append(Cell(number(row["mean"]) + spread, interval(row["ci"])))
             if row["reason"]:
                 notes.append(f"{metric_label(name, run.test.num_classes)}, {mode_title(mode)}: {row['reason']}.")
         rows.append([metric_label(name, run.test.num_classes), *cells])
     folds = len(run.summary["folds"])
+    what = f"mean ± population standard deviation over {folds} test folds" if folds > 1 else "one test fold"
+    resampling = run.summary["bootstrap"]
     caption = (
-        f"Test performance: mean ± population standard deviation over {folds} test fold{'s' * (folds > 1)}; below it "
-        f"the 95 % bootstrap interval of the mean ({run.summary['bootstrap']['resamples']} resamples; "
-        f"{run.summary['bootstrap']['how']}). Class decisions by arg-max."
+        f"Test performance: {what}; below it the 95 % bootstrap interval of the mean ({resampling['resamples']} "
+        f"resamples; {resampling['how']}). Class decisions by arg-max."
     )
     header = ["Metric", *(mode_title(mode) for mode in modes)]
     return join([table(header, rows, caption=caption, marks=run.marks), _notes(notes)])
@@ -89,12 +96,12 @@ def fold_table(run: Run) -> Html:
     counts = run.summary["modes"][run.headline_mode]["per_fold_counts"]
     validation = _validation_auroc(run)
     rows = []
-    for i, count in enumerate(counts):
-        cells = [Cell(str(count["n"])), Cell(" / ".join(map(str, count["per_class"])))]
+    for i, size in enumerate(counts):
+        cells = [Cell(str(size["n"])), Cell(" / ".join(map(str, size["per_class"])))]
         for mode in modes:
             test = run.summary["modes"][mode]["metrics"]["auroc"]["per_fold"][i]
-            cells.append(Cell(number(test), validation.get((mode, count["fold"]), "")))
-        rows.append([str(count["fold"]), *cells])
+            cells.append(Cell(number(test), validation.get((mode, size["fold"]), "")))
+        rows.append([str(size["fold"]), *cells])
     header = ["Fold", "Test slides", "Per class", *(f"AUROC, {mode_title(mode)}" for mode in modes)]
     caption = "Every fold: test AUROC" + (", and below it the AUROC on its validation part." if validation else ".")
     return table(header, rows, caption=caption, marks=run.marks)
@@ -138,11 +145,13 @@ def curve_figures(run: Run) -> Html:
     roc_uri = plots.band_panels(roc, x="false-positive rate", y="true-positive rate", diagonal=True)
     prc_uri = plots.band_panels(prc, x="recall", y="precision", diagonal=False)
     roc_alt, prc_alt = (_curve_alt(kind, panels) for kind, panels in (("ROC", roc), ("Precision-recall", prc)))
-    return join(
-        [
+    return element(
+        "div",
+        *[
             figure(roc_uri, alt=roc_alt, caption=caption.format("ROC curves", macro), marks=run.marks),
             figure(prc_uri, alt=prc_alt, caption=caption.format("Precision-recall curves", macro), marks=run.marks),
-        ]
+        ],
+        class_="columns" if len(roc) == 1 else "",
     )
 
 
@@ -164,7 +173,8 @@ def calibration_figure(run: Run) -> Html:
     caption = (
         "Calibration in ten bins of equal width, folds pooled; bars are 95 % Wilson intervals, the area of a marker "
         "grows with the rows in its bin. ECE: expected calibration error, pooled. Brier: mean over folds. "
-        "Class-balanced sampling in training shifts probabilities towards rare classes; recalibrate before reading them as risks."
+        "Class-balanced sampling in training shifts probabilities towards rare classes; recalibrate before reading "
+        "them as risks."
     )
     alt = "Calibration curves: " + "; ".join(words)
     return figure(plots.calibration_panels(panels, x=x, y=y), alt=alt, caption=caption, marks=run.marks)

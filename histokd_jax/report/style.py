@@ -26,7 +26,7 @@ p { margin:6px 0 10px; max-width:78ch; }
 .banner { background:var(--warn-bg); color:var(--warn-ink); border:1px solid var(--warn-line); border-radius:8px;
   padding:10px 14px; margin-top:14px; }
 .badge { display:inline-block; background:var(--warn-bg); color:var(--warn-ink); border:1px solid var(--warn-line);
-  border-radius:99px; padding:0 8px; font-size:12px; font-weight:600; margin-right:6px; white-space:nowrap; }
+  border-radius:10px; padding:0 8px; font-size:12px; font-weight:600; margin-right:6px; }
 nav { margin-top:14px; display:flex; flex-wrap:wrap; gap:6px 16px; font-size:14px; }
 a { color:var(--accent); text-decoration:none; } a:hover { text-decoration:underline; }
 .tiles { display:grid; grid-template-columns:repeat(auto-fit, minmax(230px, 1fr)); gap:14px; margin-top:20px; }
@@ -36,6 +36,7 @@ a { color:var(--accent); text-decoration:none; } a:hover { text-decoration:under
 .scroll { overflow-x:auto; }
 .columns { display:grid; grid-template-columns:repeat(auto-fit, minmax(400px, 1fr)); gap:0 40px; }
 .columns table { width:100%; }
+.columns tbody th { white-space:nowrap; }
 table { border-collapse:collapse; margin:10px 0 4px; font-size:14px; min-width:50%; }
 caption { caption-side:top; text-align:left; padding-bottom:6px; }
 th, td { padding:5px 16px 5px 0; border-bottom:1px solid var(--line); text-align:left; vertical-align:top; }
@@ -47,7 +48,8 @@ td.mono { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font
 tr.group th { padding-top:14px; font-weight:650; color:var(--accent); }
 .gain { color:var(--good); font-weight:600; } .loss { color:var(--bad); font-weight:600; }
 .verdict { border-left:4px solid var(--accent); padding:6px 14px; margin:12px 0; max-width:82ch; }
-figure { margin:14px 0 4px; } figure img { max-width:100%; height:auto; background:#fff; border-radius:6px; display:block; }
+figure { margin:14px 0 4px; }
+figure img { max-width:100%; height:auto; background:#fff; border-radius:6px; display:block; }
 figcaption { margin-top:6px; max-width:90ch; }
 details summary { cursor:pointer; font-weight:600; margin-top:12px; }
 footer { color:var(--soft); font-size:13px; margin-top:24px; }

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from ml_collections import ConfigDict
 
 from data_pipelines import packing, schema
@@ -18,7 +17,7 @@ from data_pipelines.manifest import Manifest
 from data_pipelines.pipeline import SlideTable, StepSource
 from data_pipelines.reader import BagReader
 from data_pipelines.splits import Split, make_folds, read_folds, split_fingerprint
-from data_pipelines.tables import read_gene_table
+from data_pipelines.tables import read_gene_table, read_ranking_table
 from histokd_jax.types import DataSpec, Method
 
 CNV = "cnv"
@@ -198,7 +197,7 @@ def fold_data(experiment: Experiment, fold: int, method: Method) -> FoldData:
             target_capacity=train_plan.capacity,
             num_slots=cfg.eval.slots,
             rows=_rows(cfg),
-            multiple_of=cfg.data.chunk,
+            multiple_of=cfg.model.chunk,
         )
         evaluation[part] = _source(experiment, rows, fields, plan)
     return FoldData(
@@ -250,7 +249,7 @@ def _train_plan(experiment: Experiment, split: Split, method: Method) -> packing
         seed=cfg.seed,
         sampler=cfg.train.sampler,
         rows=_rows(cfg),
-        multiple_of=cfg.data.chunk,
+        multiple_of=cfg.model.chunk,
         max_patches=cfg.data.max_patches_train,
         chunk_patches=experiment.manifest.chunk_patches,
     )
@@ -284,18 +283,14 @@ def _select(experiment: Experiment, split: Split, field: str) -> GeneSelection:
         nan_policy=genes.nan_policy,
         clip=genes.clip,
         seed=experiment.cfg.seed,
-        ranking_table=_ranking_table(genes.ranking_table) if genes.ranking == "table" else None,
+        ranking_table=_ranking_table(genes) if genes.ranking == "table" else None,
     )
 
 
-def _ranking_table(path: str) -> dict[str, float]:
-    """gene -> p from a CSV with the columns gene and p."""
-    if not path:
+def _ranking_table(genes: ConfigDict) -> dict[str, float]:
+    if not genes.ranking_table:
         raise ValueError("genes.ranking=table needs genes.ranking_table=FILE, a CSV with the columns gene and p")
-    table = pd.read_csv(path)
-    if not {"gene", "p"} <= set(table.columns):
-        raise ValueError(f"{path}: expected the columns gene and p, found {list(table.columns)}")
-    return dict(zip(table["gene"].astype(str), table["p"].astype(float)))
+    return read_ranking_table(genes.ranking_table)
 
 
 def _check_classes(experiment: Experiment, split: Split, fold: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Collection
 import jax
 import optax
 
-SCHEDULES = ("cosine50_floor0", "cosine50_periodic", "cosine_to_max_epochs", "constant")
+SCHEDULES = ("cosine50_floor0", "cosine50_periodic", "cosine_to_max_epochs")
 
 
 def learning_rate(name: str, lr: float, *, epoch: int, max_epochs: int) -> float:
@@ -16,7 +16,7 @@ def learning_rate(name: str, lr: float, *, epoch: int, max_epochs: int) -> float
 
     Args:
       name: cosine50_periodic: lr (1 + cos(pi e / 50)) / 2, which rises again after epoch 50; cosine50_floor0: the same,
-        0 from epoch 50 on; cosine_to_max_epochs: reaches 0 at `max_epochs`; constant.
+        0 from epoch 50 on; cosine_to_max_epochs: reaches 0 at `max_epochs`.
       lr: initial rate.
       epoch: index from 0.
       max_epochs: length of the run in epochs.
@@ -27,8 +27,6 @@ def learning_rate(name: str, lr: float, *, epoch: int, max_epochs: int) -> float
     if name not in SCHEDULES:
         raise ValueError(f"train.lr_schedule={name!r}: expected one of {', '.join(SCHEDULES)}")
 
-    if name == "constant":
-        return lr
     period = max_epochs if name == "cosine_to_max_epochs" else 50
     if name != "cosine50_periodic":
         epoch = min(epoch, period)

@@ -51,7 +51,7 @@ def named_intermediates(sown, network, variant):
         "pooled_path": "pooled_path",
     }
     flat = flax.traverse_util.flatten_dict(sown)
-    tokens = {"tokens": v[0] for k, v in flat.items() if k[-2:] == ("tokens", "__call__")}
+    tokens = dict(("tokens", v[0]) for k, v in flat.items() if k[-2:] == ("tokens", "__call__"))
     return tokens | {names[k[-1]]: v[0] for k, v in flat.items() if k[-1] in names}
 
 
