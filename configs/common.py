@@ -53,6 +53,7 @@ def base() -> ConfigDict:
             max_patches_train=placeholder(int),
             grouping="size_balanced",
             rows=0,  # packed rows per step; 0: one per device of the data axis
+            chunk=1024,  # patches per chunk of the pooling kernel; packed rows are multiples of it
             threads=2,
             buffer_mib=256,
             allow_patient_overlap=False,
@@ -65,6 +66,7 @@ def base() -> ConfigDict:
             batching="packed",
             lr=2e-4,
             wd=1e-5,
+            decay_bias=True,
             lr_schedule="cosine50_floor0",
             max_epochs=100,
             sampler="class_balanced_replacement",
@@ -72,7 +74,6 @@ def base() -> ConfigDict:
             compute_dtype="float32",
         )
     )
-    cfg.optim = ConfigDict(dict(decay_bias=True))
     # monitor: mean_auc3 | student_auc; enabled=False trains max_epochs and keeps the last state.
     cfg.early_stop = ConfigDict(dict(enabled=True, monitor="mean_auc3", patience=5, min_epoch=5))
     cfg.ckpt = ConfigDict(dict(teachers="best_joint", every_epochs=5, keep=2))

@@ -38,7 +38,7 @@ DEMO = {
     "train.max_epochs": 20,
     "early_stop.patience": 4,
     "train.lr": 5e-4,
-    "model.chunk": 512,
+    "data.chunk": 512,
 }
 
 SMOKE = {
@@ -98,10 +98,8 @@ def _model(cfg) -> None:
         d=256,
         attn=128,
         dropout=0.25,
-        input_dropout=0.0,
         gene_dropout=common.placeholder(float),  # None: the same as dropout
         gene_input_dropout=0.0,
-        chunk=1024,  # patches per chunk of the pooling kernel; packed rows are multiples of it
     )
     cfg.fusion = dict(type="bilinear")
     cfg.init = dict(t_m="torch_default")

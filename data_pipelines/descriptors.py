@@ -2,8 +2,8 @@
 
 `stain_lbp_glcm` describes one RGB patch by 122 numbers in five groups:
 
-  stain   moments and quantiles of haematoxylin, eosin and residual optical density after colour deconvolution
-          (Ruifrok & Johnston, Anal. Quant. Cytol. Histol. 2001), and the fraction of bare glass;
+  stain   moments (skewness as its arcsinh) and quantiles of haematoxylin, eosin and residual optical density after
+          colour deconvolution (Ruifrok & Johnston, Anal. Quant. Cytol. Histol. 2001), and the fraction of bare glass;
   colour  mean and standard deviation of R, G, B;
   nuclei  nuclei-like density: area fraction, blob count, blob size and peak count of smoothed haematoxylin;
   lbp     square roots of histograms of rotation-invariant uniform local binary patterns (Ojala et al., TPAMI 2002);
@@ -19,6 +19,7 @@ and fit float16. Nothing is fitted to data: the descriptor of a patch depends on
 from __future__ import annotations
 
 import functools
+import itertools
 from types import ModuleType
 
 import numpy as np
@@ -130,9 +131,12 @@ def _layout() -> tuple[tuple[str, float, float], ...]:
     rows += [(f"nuclei.{n}", o, s) for n, o, s in nuclei]
     for s in TEXTURES:
         rows += [(f"lbp.{s}.p{p}r{r}.{k}", 0.25, 0.1) for p, r in _LBP for k in range(p + 2)]
+    # Squared and absolute grey-level differences grow with distance, the other statistics hardly do.
     glcm = (("contrast", 2.0, 2.0), ("dissimilarity", 1.0, 0.6), ("homogeneity", 0.6, 0.15))
     glcm += (("energy", 0.25, 0.15), ("entropy", 5.0, 1.0), ("correlation", 0.7, 0.2))
-    rows += [(f"glcm.{s}.d{d}.{k}", o, c) for s in TEXTURES for d in _GLCM_DISTANCES for k, o, c in glcm]
+    for s, d in itertools.product(TEXTURES, _GLCM_DISTANCES):
+        growth = {"contrast": d**0.5, "dissimilarity": d**0.5}
+        rows += [(f"glcm.{s}.d{d}.{k}", o * growth.get(k, 1.0), c * growth.get(k, 1.0)) for k, o, c in glcm]
     return tuple(rows)
 
 
@@ -155,7 +159,8 @@ def _check_patches(patches: np.ndarray) -> None:
 def _stain_moments(stains: np.ndarray) -> np.ndarray:
     flat = stains.reshape(len(stains), -1, 3)
     mean, std = flat.mean(1), flat.std(1)
-    skew = ((flat - mean[:, None]) ** 3).mean(1) / np.maximum(std, 0.02) ** 3
+    # arcsinh: a patch of glass with one speck has a skewness of 20 and more.
+    skew = np.arcsinh(((flat - mean[:, None]) ** 3).mean(1) / np.maximum(std, 0.02) ** 3)
     p10, p50, p90 = np.quantile(flat, (0.1, 0.5, 0.9), axis=1)
     return np.stack([mean, std, skew, p10, p50, p90], axis=2).reshape(len(stains), -1)
 
@@ -192,7 +197,10 @@ def _grey_levels(density: np.ndarray) -> np.ndarray:
 
 
 def _lbp_histograms(grey: np.ndarray) -> np.ndarray:
-    """[n, P, P] uint8 -> [n, 28] square roots of histograms (Hellinger map); pixels whose circle leaves the patch are left out."""
+    """[n, P, P] uint8 -> [n, 28] square roots of histograms (Hellinger map).
+
+    Pixels whose circle leaves the patch are left out.
+    """
     feature = _skimage("skimage.feature")
     rows = []
     for patch in grey:

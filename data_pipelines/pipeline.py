@@ -21,6 +21,8 @@ __all__ += ["check_fingerprint", "make_eval_dataset", "make_train_dataset", "rea
 
 BUFFER_BYTES = 256 * 2**20
 MIN_BUFFERED_STEPS, MAX_BUFFERED_STEPS = 2, 64
+# Beyond one step per thread, a deeper buffer only smooths jitter; for large steps it costs more in fresh pages.
+SMOOTHING_BYTES = 32 * 2**20
 
 
 class PlanSource:
@@ -191,6 +193,8 @@ def rows_of_process(rows: int, process_index: int, process_count: int) -> slice:
 def read_options(step_bytes: int, num_threads: int, buffer_bytes: int) -> grain.ReadOptions:
     """Threads and buffer such that prefetched steps stay within a number of bytes (Grain's default is 500 elements).
 
+    One step per thread is buffered, more only while they are small in total (`SMOOTHING_BYTES`).
+
     Args:
       step_bytes: bytes of one step on this process.
       num_threads: wanted threads; reduced to the number of buffered steps, since each fills one.
@@ -201,7 +205,8 @@ def read_options(step_bytes: int, num_threads: int, buffer_bytes: int) -> grain.
     """
     if num_threads == 0:
         return grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    steps = int(np.clip(buffer_bytes // max(step_bytes, 1), MIN_BUFFERED_STEPS, MAX_BUFFERED_STEPS))
+    wanted = max(num_threads, SMOOTHING_BYTES // step_bytes)
+    steps = int(np.clip(min(wanted, buffer_bytes // step_bytes), MIN_BUFFERED_STEPS, MAX_BUFFERED_STEPS))
     threads = min(num_threads, steps)
     logging.info(
         "input: %d threads, %d buffered steps x %.1f MiB = %.0f MiB",

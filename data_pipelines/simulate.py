@@ -36,6 +36,7 @@ from data_pipelines.simulate_bags import (
     bag_sizes,
     draw_bag,
     draw_geometry,
+    label_fidelity,
     mix,
     simulated_writer,
     stream,
@@ -115,9 +116,8 @@ def expected_witness_gap(spec: SimulationSpec) -> float:
     Returns:
       The gap in units of the patch noise.
     """
-    correlation = spec.tissue_fidelity / math.hypot(1.0, spec.label_noise)
     density = stats.norm.pdf(stats.norm.isf(spec.prevalence))
-    return float(spec.signal_patches * correlation * density / (spec.prevalence * (1.0 - spec.prevalence)))
+    return float(spec.signal_patches * label_fidelity(spec) * density / (spec.prevalence * (1.0 - spec.prevalence)))
 
 
 def draw_latents(spec: SimulationSpec) -> Latents:

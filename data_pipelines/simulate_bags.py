@@ -188,6 +188,11 @@ def draw_bag(spec: SimulationSpec, geometry: Geometry, row: int, n: int, shift: 
     return Bag(features, _grid_coords(n), witness)
 
 
+def label_fidelity(spec: SimulationSpec) -> float:
+    """Correlation of the tissue score with the noisy score whose threshold is the label."""
+    return spec.tissue_fidelity / math.hypot(1.0, spec.label_noise)
+
+
 def mix(signal: np.ndarray, noise: np.ndarray, fidelity: float) -> np.ndarray:
     """fidelity * signal + sqrt(1 - fidelity^2) * noise: unit variance is kept if both have it."""
     return fidelity * signal + math.sqrt(1.0 - fidelity**2) * noise

@@ -1,11 +1,12 @@
 """Simulated bags for real genes and real labels: only the images are made up.
 
-For every case of a real gene table that has at least one of the wanted labels, one bag is simulated. Along one planted
-direction per task its tumour patches carry signal_patches * s, with the tissue score s = tissue_fidelity * (+1 or -1 by
-label) + sqrt(1 - tissue_fidelity^2) * noise (noise alone where the label is not available). Along further directions
-they carry EXPRESSION_SHIFT * the case's standardised leading expression components, so that tissue also shows a little
-of what drives the genes. Case ids stay real; slide ids end in "-SIMBAG", and name, notes and encoder of the data set
-say that the bags are simulated. Labels, genes and survival are the real ones.
+For every case of a real gene table that has at least one of the wanted labels, one bag is simulated. A real label is
+taken as the sign of an unobserved severity v = +-|N(0, 1)|, drawn per task (v = N(0, 1) where the label is not
+available). Tumour patches carry signal_patches * s along one planted direction per task, where the tissue score s has
+unit variance and correlation r = tissue_fidelity / sqrt(1 + label_noise^2) with v, as in the wholly simulated cohort.
+Along further directions they carry EXPRESSION_SHIFT * the case's standardised leading expression components, so that
+tissue also shows a little of what drives the genes. Case ids stay real; slide ids end in "-SIMBAG", and name, notes
+and encoder of the data set say that the bags are simulated. Labels, genes and survival are the real ones.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from data_pipelines.simulate_bags import (
     bag_sizes,
     draw_bag,
     draw_geometry,
+    label_fidelity,
     mix,
     simulated_writer,
     stream,
@@ -41,11 +43,11 @@ from data_pipelines.tables import (
 )
 
 EXPRESSION_COMPONENTS = 2
-EXPRESSION_SHIFT = 0.25
+EXPRESSION_SHIFT = 0.1
 """Shift of a tumour patch per standard deviation of a leading expression component, in units of the patch noise."""
-_CLIP = 5.0
+_CLIP, _IQR_OF_NORMAL = 5.0, 1.349
 _UNUSED_FIELDS = (
-    *("n_cases", "n_genes", "signal_genes", "gene_loading", "label_noise", "prevalence", "n_programmes"),
+    *("n_cases", "n_genes", "signal_genes", "gene_loading", "prevalence", "n_programmes"),
     *("hazard_log_ratio", "median_months", "censored", "task"),
 )
 
@@ -122,15 +124,15 @@ def join_cases(
     cases = tuple(sorted(labelled & measured))
     if not cases:
         raise DataError(f"none of {len(labelled)} labelled cases is among {len(measured)} cases with genes")
-    value_of = [dict(zip(table.case_id, 2.0 * table.value - 1.0)) for table in labels.values()]
-    signs = np.array([[max(values.get(case, -3.0), -3.0) for values in value_of] for case in cases])
-    signs[signs < -1.0] = 0.0
+    # Class 0, 1 or -1 (not available) becomes -1, +1 or 0.
+    value_of = [dict(zip(t.case_id, np.where(t.value < 0, 0.0, 2.0 * t.value - 1.0))) for t in labels.values()]
+    signs = np.array([[values.get(case, 0.0) for values in value_of] for case in cases])
     left_out = {"no genes": sorted(labelled - measured), "no label": sorted(measured - labelled)}
     return cases, signs, left_out
 
 
 def expression_components(values: np.ndarray) -> np.ndarray:
-    """Standardised scores of the leading principal components of standardised, clipped expression.
+    """Standardised scores of the leading principal components of robustly standardised, clipped expression.
 
     This is part of the made-up world, not of a model, and reads no labels; hence it may look at all cases.
 
@@ -142,10 +144,11 @@ def expression_components(values: np.ndarray) -> np.ndarray:
     """
     x = values.astype(np.float64)
     x = np.where(np.isnan(x), np.nanmean(x, axis=0), x)
-    # Clip before scaling: single values in the thousands would otherwise be the only thing a component sees.
-    x = np.clip(x, -_CLIP, _CLIP)
-    std = x.std(axis=0)
-    x = (x - x.mean(axis=0)) / np.where(std > 0, std, 1.0)
+    # Robust scale and clip: single values in the thousands would otherwise be all that a component sees.
+    low, middle, high = np.quantile(x, (0.25, 0.5, 0.75), axis=0)
+    spread = (high - low) / _IQR_OF_NORMAL
+    x = np.clip((x - middle) / np.where(spread > 0, spread, 1.0), -_CLIP, _CLIP)
+    x -= x.mean(axis=0)
     u, _, vt = np.linalg.svd(x, full_matrices=False)
     count = min(EXPRESSION_COMPONENTS, u.shape[1])
     # The sign of a singular vector is arbitrary; fix it so that equal tables give equal bags on every LAPACK.
@@ -164,8 +167,10 @@ def case_shifts(spec: SimulationSpec, signs: np.ndarray, components: np.ndarray)
     Returns:
       [n, T + J] float32, tasks first.
     """
+    severity = stream(spec, "label").standard_normal(signs.shape)
+    severity = np.where(signs != 0.0, signs * np.abs(severity), severity)
     noise = stream(spec, "tissue").standard_normal(signs.shape)
-    scores = np.where(signs != 0.0, mix(signs, noise, spec.tissue_fidelity), noise)
+    scores = mix(severity, noise, label_fidelity(spec))
     return np.hstack([spec.signal_patches * scores, EXPRESSION_SHIFT * components]).astype(np.float32)
 
 

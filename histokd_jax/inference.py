@@ -80,9 +80,9 @@ def _source(reader: BagReader, cohort: Cohort, model: Model, with_coords: bool =
         fields[schema.HAS_GENES] = cohort.has_genes
     plan = packing.plan_evaluation(
         reader.manifest.sizes[cohort.slide_index],
-        target_capacity=16 * model.cfg.model.chunk,
+        target_capacity=16 * model.cfg.data.chunk,
         num_slots=model.cfg.eval.slots,
-        multiple_of=model.cfg.model.chunk,
+        multiple_of=model.cfg.data.chunk,
     )
     table = SlideTable(cohort.slide_index, fields)
     return StepSource(reader, table, plan, dtype=reader.manifest.dtype, with_coords=with_coords)

@@ -88,13 +88,11 @@ class PatchFeatures:
 
     Attributes:
       rate: dropout after the projection.
-      input_rate: dropout of the patch embeddings.
-      layer: number of the projection's dropout layer; the input's is `layer + 1`.
+      layer: number of the dropout layer.
       dtype: compute dtype of the products.
     """
 
     rate: float = 0.0
-    input_rate: float = 0.0
     layer: int = 0
     dtype: jnp.dtype | None = None
 
@@ -113,10 +111,6 @@ class PatchFeatures:
         Returns:
           (h [H, n] in the compute dtype, scores [1, n] in at least float32).
         """
-        if aux and self.input_rate:
-            x = hash_dropout(
-                operand(x, self.dtype).T, aux[0], segment_ids, positions, self.input_rate, self.layer + 1
-            ).T
         h = operand(jax.nn.relu(affine_to_columns(params["proj"], x, self.dtype)), self.dtype)
         if aux:
             h = hash_dropout(h, aux[0], segment_ids, positions, self.rate, self.layer)

@@ -38,7 +38,7 @@ class Programs:
         """The optimizer of a stage."""
         return optim.make_optimizer(
             weight_decay=self._cfg.train.wd,
-            decay_bias=self._cfg.optim.decay_bias,
+            decay_bias=self._cfg.train.decay_bias,
             trainable=stage.trainable,
             groups=tuple(groups),
         )

@@ -129,7 +129,13 @@ def write_summary(
     """Computes and writes summary.json of an arm."""
     facts = {key: manifest[key] for key in ("task", "method", "simulated", "patient_overlap", "dataset", "seed")}
     summary = summaries.summarise(
-        test, num_classes=test.num_classes, bootstrap=cfg.report.bootstrap, seed=cfg.seed, facts=facts
+        test,
+        num_classes=test.num_classes,
+        bootstrap=cfg.report.bootstrap,
+        seed=cfg.seed,
+        # With every sample a slide of its own (spots of one patient), patients cannot be resampled.
+        unit="slide" if cfg.data.unit == "slide" else "patient",
+        facts=facts,
     )
     summaries.write_summary(directory / "summary.json", summary)
     return summary

@@ -90,7 +90,7 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         updates = jax.tree.map(lambda u: -lr.astype(u.dtype) * u, updates)
         one = jnp.ones(())
-        metrics = {**metrics, "loss": (loss, one), "grad_norm": (optax.global_norm(grads), one)}
+        metrics = {**metrics, "loss": (loss, one), "grad_norm": (optax.tree.norm(grads), one)}
         totals = {
             name: (total + metrics[name][0], count + metrics[name][1]) for name, (total, count) in state.totals.items()
         }

@@ -291,11 +291,13 @@ def test_bad_slot_fields_are_refused(fields, match):
         SlideTable(np.array([0, 1]), fields)
 
 
-def test_prefetch_is_bounded_in_bytes():
-    small = read_options(step_bytes=2**20, num_threads=8, buffer_bytes=16 * 2**20)
-    assert (small.num_threads, small.prefetch_buffer_size) == (8, 16)
-    large = read_options(step_bytes=2**30, num_threads=8, buffer_bytes=16 * 2**20)
-    assert (large.num_threads, large.prefetch_buffer_size) == (2, 2)
+@pytest.mark.parametrize(
+    "step_mib,threads,buffer_mib,expected",
+    [(1, 8, 16, (8, 16)), (1, 8, 256, (8, 32)), (39, 4, 256, (4, 4)), (39, 8, 256, (6, 6)), (1024, 8, 256, (2, 2))],
+)
+def test_prefetch_is_bounded_in_bytes(step_mib, threads, buffer_mib, expected):
+    options = read_options(step_mib * 2**20, threads, buffer_mib * 2**20)
+    assert (options.num_threads, options.prefetch_buffer_size) == expected
 
 
 def test_a_read_error_reaches_the_consumer():

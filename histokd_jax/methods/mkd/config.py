@@ -64,19 +64,30 @@ _REFUSED_INTER_LOSSES = {
 }
 
 
+def null(kind: type) -> ml_collections.FieldReference:
+    """A typed key without a value; a fresh reference, because a shared one would tie the keys together."""
+    return ml_collections.config_dict.placeholder(kind)
+
+
 def default_config() -> ml_collections.ConfigDict:
     """All keys of specification section 16 with their defaults, and those of the switches it names elsewhere.
 
     Returns:
       A new ConfigDict. Values that may be null use placeholders, so that overrides are type-checked.
     """
-    null_int, null_float = ml_collections.config_dict.placeholder(int), ml_collections.config_dict.placeholder(float)
     return ml_collections.ConfigDict(
         dict(
             variant="mkd",
             fidelity="corrected",
             task="ER",
-            data=dict(feat_dim=1024, slide_choice="first_sorted", max_patches_train=null_int, grouping="size_balanced"),
+            # feat_dim: 0 takes the width of the data set.
+            data=dict(
+                feat_dim=1024,
+                slide_choice="first_sorted",
+                max_patches_train=null(int),
+                grouping="size_balanced",
+                chunk=1024,
+            ),
             genes=dict(
                 top_k=8192,
                 token_size=512,
@@ -86,20 +97,12 @@ def default_config() -> ml_collections.ConfigDict:
                 normalisation="precomputed_zscore",
                 exclude=(),
                 nan_policy="error",
-                clip=null_float,
+                clip=null(float),
             ),
             labels=dict(her2_equivocal="drop"),
             split=dict(stratify=True),
             # gene_dropout: null means model.dropout.
-            model=dict(
-                d=256,
-                attn=128,
-                dropout=0.25,
-                input_dropout=0.0,
-                gene_dropout=null_float,
-                gene_input_dropout=0.0,
-                chunk=1024,
-            ),
+            model=dict(d=256, attn=128, dropout=0.25, gene_dropout=null(float), gene_input_dropout=0.0),
             fusion=dict(type="bilinear"),
             init=dict(t_m="torch_default"),
             teachers=("M", "G"),
@@ -114,13 +117,13 @@ def default_config() -> ml_collections.ConfigDict:
                 batching="packed",
                 lr=2e-4,
                 wd=1e-5,
+                decay_bias=True,
                 lr_schedule="cosine50_floor0",
                 max_epochs=100,
                 sampler="class_balanced_replacement",
                 drop_last=True,
                 compute_dtype="float32",
             ),
-            optim=dict(decay_bias=True),
             early_stop=dict(monitor="mean_auc3", patience=5, min_epoch=5),
             ckpt=dict(teachers="best_joint"),
             eval=dict(teacher_dropout=False),
@@ -170,9 +173,9 @@ def _validate_inter_loss(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_ranges(config: ml_collections.ConfigDict) -> None:
-    for key in ("data.feat_dim", "model.d", "model.attn", "model.chunk", "genes.token_size", "genes.top_k"):
+    for key in ("model.d", "model.attn", "data.chunk", "genes.token_size", "genes.top_k"):
         _require(lookup(config, key) >= 1, config, key, "a positive integer")
-    for key in ("model.dropout", "model.input_dropout", "model.gene_dropout", "model.gene_input_dropout"):
+    for key in ("model.dropout", "model.gene_dropout", "model.gene_input_dropout"):
         rate = lookup(config, key)
         _require(rate is None or 0.0 <= rate < 1.0, config, key, "a drop probability in [0, 1)")
     for key in ("lambda_coral", "lambda_or", "lambda_skd", "lambda_clod"):
@@ -243,9 +246,8 @@ def network_spec(config: ml_collections.ConfigDict, feat_dim: int, num_classes: 
         tokens=TokenSpec(config.genes.token_size, gene_rate, model.gene_input_dropout, config.genes.clip),
         rate=model.dropout,
         gene_rate=gene_rate,
-        input_rate=model.input_dropout,
         dtype=jnp.bfloat16 if config.train.compute_dtype == "bfloat16" else None,
-        chunk=model.chunk,
+        chunk=config.data.chunk,
     )
 
 

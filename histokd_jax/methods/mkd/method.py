@@ -215,10 +215,10 @@ def _stages(config: ml_collections.ConfigDict, networks: tuple[str, ...]) -> tup
 
 
 def _validate_data(config: ml_collections.ConfigDict, data: DataSpec) -> None:
-    if data.feat_dim != config.data.feat_dim:
+    if config.data.feat_dim and data.feat_dim != config.data.feat_dim:
         raise ValueError(
             f"the data set holds embeddings of width {data.feat_dim}, but data.feat_dim = {config.data.feat_dim}: "
-            "set data.feat_dim to the width of the patch encoder"
+            "set data.feat_dim to the width of the patch encoder, or to 0 to take it from the data"
         )
     if data.num_classes < 2:
         raise ValueError(f"classification needs at least 2 classes, the data set has {data.num_classes}")

@@ -20,7 +20,7 @@ NETWORKS = (STUDENT, MULTIMODAL, GENOMIC)
 GMKDN = "gmkdn"
 
 # Numbers of the dropout layers within one network; equal numbers would draw equal masks.
-_PATCH_LAYER, _HEAD_LAYER, _GENE_LAYER = 0, 2, 3
+_PATCH_LAYER, _HEAD_LAYER, _GENE_LAYER = 0, 1, 2
 _FUSION_LAYER = _GENE_LAYER + TWO_STREAM_DROPOUT_LAYERS
 
 
@@ -39,7 +39,6 @@ class NetworkSpec:
       tokens: token size, alpha dropout, gene input dropout and clipping.
       rate: dropout of every other layer.
       gene_rate: dropout in front of the classifier of T_G.
-      input_rate: dropout of patch embeddings.
       dtype: compute dtype of matrix products; None keeps the parameters'.
       chunk: patches per chunk of the attention pool.
     """
@@ -54,7 +53,6 @@ class NetworkSpec:
     tokens: TokenSpec = TokenSpec(rate=0.25)
     rate: float = 0.25
     gene_rate: float = 0.25
-    input_rate: float = 0.0
     dtype: jnp.dtype | None = None
     chunk: int = 1024
 
@@ -65,7 +63,7 @@ class NetworkSpec:
 
 
 def _bag_encoder(spec: NetworkSpec, rate: float, initializer: str) -> BagEncoder:
-    features = PatchFeatures(rate=rate, input_rate=spec.input_rate, layer=_PATCH_LAYER, dtype=spec.dtype)
+    features = PatchFeatures(rate=rate, layer=_PATCH_LAYER, dtype=spec.dtype)
     return BagEncoder(spec.feat_dim, spec.width, spec.hidden, features, initializer, spec.chunk)
 
 

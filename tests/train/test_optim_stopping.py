@@ -1,0 +1,57 @@
+"""Check J of the MKD specification: schedules and early stopping."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from histokd_jax.train import optim
+from histokd_jax.train.stopping import Stopper
+
+
+@pytest.mark.parametrize("name", ["cosine50_periodic", "cosine50_floor0"])
+def test_check_J_learning_rate_at_stated_epochs(name):
+    got = [optim.learning_rate(name, 2e-4, epoch=e, max_epochs=100) for e in (0, 1, 10, 25, 49, 50)]
+    np.testing.assert_allclose(got, [2e-4, 1.998027e-4, 1.809017e-4, 1e-4, 1.973e-7, 0], rtol=5e-4, atol=1e-12)
+
+
+def test_check_J_learning_rate_at_epoch_75():
+    rate = {n: optim.learning_rate(n, 2e-4, epoch=75, max_epochs=100) for n in optim.SCHEDULES}
+    assert rate["cosine50_periodic"] == pytest.approx(1e-4)
+    assert rate["cosine50_floor0"] == pytest.approx(0, abs=1e-12)
+    assert rate["cosine_to_max_epochs"] == pytest.approx(1e-4 * (1 + np.cos(0.75 * np.pi)))
+
+
+def test_unknown_schedule_is_named():
+    with pytest.raises(ValueError, match="cosine50_floor0"):
+        optim.learning_rate("step", 1e-3, epoch=0, max_epochs=1)
+
+
+def test_check_J_stops_after_epoch_index_6_if_only_epoch_0_improves():
+    stopper = Stopper()
+    for epoch in range(100):
+        stopper, improved = stopper.update(0.9 if epoch == 0 else 0.9, epoch)  # ties are no improvement
+        assert improved == (epoch == 0)
+        if stopper.should_stop(epoch, patience=5, min_epoch=5):
+            break
+    assert epoch == 6 and stopper.best_epoch == 0
+
+
+def test_optimizer_equals_library_adamw_and_frozen_groups_do_not_move():
+    params = {"a": {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, "f": {"w": jnp.full((2, 2), 3.0)}}
+    grads = jax.tree.map(lambda p: p * 0.3, params)
+    tx = optim.make_optimizer(weight_decay=0.1, decay_bias=True, trainable=("a",), groups=("a", "f"))
+    updates, _ = tx.update(grads, tx.init(params), params)
+    reference = optax.adamw(1e-2, weight_decay=0.1)
+    want, _ = reference.update(grads["a"], reference.init(params["a"]), params["a"])
+    jax.tree.map(lambda u, w: np.testing.assert_allclose(-1e-2 * u, w, rtol=1e-5), updates["a"], want)
+    assert np.all(np.asarray(updates["f"]["w"]) == 0)
+
+
+def test_decay_bias_false_spares_vectors():
+    params = {"a": {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    tx = optim.make_optimizer(weight_decay=0.1, decay_bias=False, trainable=("a",), groups=("a",))
+    updates, _ = tx.update(zero, tx.init(params), params)
+    assert np.all(np.asarray(updates["a"]["b"]) == 0) and np.allclose(updates["a"]["w"], 0.1)

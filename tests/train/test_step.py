@@ -1,0 +1,162 @@
+"""Step semantics: check I of the MKD specification, layouts, devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from histokd_jax.methods import registry
+from histokd_jax.train import experiment, optim, sharding, state, step
+
+ROWS_MULTIPLE = 8
+
+
+def build(tiny_config, **changes):
+    cfg = experiment.resolve_width(tiny_config(**changes))
+    exp = experiment.load_experiment(cfg)
+    method = registry.get_method("mkd")(cfg, exp.data_spec(("genes",)))
+    return cfg, method, experiment.fold_data(exp, 0, method)
+
+
+def first_batch(data, index=0):
+    from data_pipelines.pipeline import StepIterator
+
+    return next(StepIterator(data.train, start_step=index, num_threads=0))
+
+
+def gradients(method, params, batch, key, cached=False):
+    fn = step.cached_loss_and_gradients if cached else step.loss_and_gradients
+    loss, _, _, grads = jax.jit(
+        lambda params, batch: fn(method, "online", params, {}, batch, key, jnp.zeros((), jnp.int32))
+    )(params, batch)
+    return loss, grads
+
+
+def close(a, b, rtol=1e-4):
+    scale = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(a))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=2e-6 * max(scale, 1.0)), a, b)
+
+
+def test_check_I1_step_gradient_is_mean_ce_gradient_plus_distillation(tiny_config):
+    """The reference accumulates CE / b bag by bag and adds the distillation terms of the stacked outputs."""
+    _, method, data = build(tiny_config)
+    batch = first_batch(data)
+    params, _ = method.init(jax.random.key(0))
+    key = jax.random.key(1)
+    _, whole = gradients(method, params, batch, key)
+
+    def outputs_of(params):
+        return method.forward(params, {}, {}, batch, key, True)[0]
+
+    def ce_of_slot(params, s):
+        out = outputs_of(params)
+        logp = [jax.nn.log_softmax(out[z][s])[batch["label"][s]] for z in ("z_P", "z_M", "z_G")]
+        return -sum(logp)
+
+    slots = range(len(batch["weight"]))
+    accumulated = [jax.grad(ce_of_slot)(params, s) for s in slots]
+    mean_ce = jax.tree.map(lambda *g: sum(g) / len(g), *accumulated)
+
+    def distillation(params):
+        out = outputs_of(params)
+        total = method.objective(out, batch, 0, "online")[0]
+        ce = -sum(
+            jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(out[z]), batch["label"][:, None], 1))
+            for z in ("z_P", "z_M", "z_G")
+        )
+        return total - ce
+
+    extra = jax.grad(distillation)(params)
+    close(whole, jax.tree.map(jnp.add, mean_ce, extra))
+
+
+def test_check_I2_grad_cache_equals_padded_with_dropout_on(tiny_config):
+    _, method, data = build(tiny_config, train__batching="padded")
+    batch, key = first_batch(data), jax.random.key(1)
+    params, _ = method.init(jax.random.key(0))
+    padded, cached = (gradients(method, params, batch, key, c) for c in (False, True))
+    np.testing.assert_allclose(padded[0], cached[0], rtol=1e-5)
+    close(padded[1], cached[1])
+
+
+def test_packed_equals_padded_with_dropout_on(tiny_config):
+    _, method, packed = build(tiny_config)
+    _, _, padded = build(tiny_config, train__batching="padded")
+    key = jax.random.key(1)
+    params, _ = method.init(jax.random.key(0))
+    a, b = (gradients(method, params, first_batch(data), key) for data in (packed, padded))
+    np.testing.assert_allclose(a[0], b[0], rtol=1e-5)
+    close(a[1], b[1])
+
+
+def run_steps(method, data, params, count, stage="online"):
+    tx = optim.make_optimizer(
+        weight_decay=1e-5, decay_bias=True, trainable=method.stages[0].trainable, groups=tuple(params)
+    )
+    batch = first_batch(data)
+    names = step.metric_names(method, stage, params, {}, batch)
+    current = state.start_stage(params, {}, jax.random.key(3), tx, names)
+    train = jax.jit(step.make_train_step(method, tx, stage))
+    for i in range(count):
+        current, _ = train(current, first_batch(data, i), jnp.float32(1e-3))
+    return current.params
+
+
+def test_check_I3_one_step_changes_all_three_networks(tiny_config):
+    _, method, data = build(tiny_config)
+    params, _ = method.init(jax.random.key(0))
+    after = run_steps(method, data, params, 1)
+    for group in ("S_P", "T_M", "T_G"):
+        moved = [bool(jnp.any(a != b)) for a, b in zip(jax.tree.leaves(params[group]), jax.tree.leaves(after[group]))]
+        assert any(moved), group
+
+
+def test_check_I4_without_weights_the_networks_train_as_if_separately(tiny_config):
+    """All lambda = 0: S_P after 10 steps equals S_P trained with no teacher in the program at all."""
+    off = {f"loss__lambda_{n}": 0.0 for n in ("coral", "or", "skd", "clod")}
+    _, method, data = build(tiny_config, **off)
+    _, alone, _ = build(tiny_config, **off, teachers="M")
+    params, _ = method.init(jax.random.key(0))
+    together = run_steps(method, data, params, 10)
+    fewer = run_steps(alone, data, {k: params[k] for k in ("S_P", "T_M")}, 10)
+    for group in ("S_P", "T_M"):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), together[group], fewer[group])
+
+
+def test_check_I5_trailing_partial_group_causes_no_update(tiny_config):
+    cfg, method, data = build(tiny_config, train__b=5)
+    n = len(data.train.plan.sizes)
+    assert n % cfg.train.b, "the cohort must leave a remainder for this check"
+    assert data.train.plan.steps_per_epoch == n // cfg.train.b
+    assert (data.train.plan.slide >= 0).all()
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_one_device_equals_many(tiny_config, devices):
+    """The same global batch gives the same loss and gradients; batch-coupled terms see all slides."""
+    _, method, data = build(tiny_config, data__rows=ROWS_MULTIPLE)
+    batch, key = first_batch(data), jax.random.key(1)
+    params, _ = method.init(jax.random.key(0))
+    want = gradients(method, params, batch, key)
+    mesh = sharding.make_mesh(devices)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, sharding.replicated(mesh))
+        got = gradients(method, placed, sharding.put_batch(mesh, batch), key)
+    np.testing.assert_allclose(want[0], got[0], rtol=1e-5)
+    close(want[1], got[1])
+
+
+def test_unknown_batching_is_refused():
+    with pytest.raises(ValueError, match="grad_cache"):
+        step.make_train_step(None, None, "online", "lazy")
+
+
+def test_more_devices_than_present_are_refused():
+    with pytest.raises(ValueError, match="mesh.data=64"):
+        sharding.make_mesh(64)
+
+
+def test_rows_that_do_not_divide_over_devices_are_refused(tiny_config):
+    _, _, data = build(tiny_config, data__rows=3)
+    with pytest.raises(ValueError, match="data.rows"):
+        sharding.put_batch(sharding.make_mesh(2), first_batch(data))
