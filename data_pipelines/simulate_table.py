@@ -7,6 +7,9 @@ unit variance and correlation r = tissue_fidelity / sqrt(1 + label_noise^2) with
 Along further directions they carry EXPRESSION_SHIFT * the case's standardised leading expression components, so that
 tissue also shows a little of what drives the genes. Case ids stay real; slide ids end in "-SIMBAG", and name, notes
 and encoder of the data set say that the bags are simulated. Labels, genes and survival are the real ones.
+
+Correlated tasks make bags more telling than in the wholly simulated cohort, since tissue that shows PR also shows ER:
+tissue_fidelity 0.7 (instead of 0.85) gives TCGA-BRCA bags that stay clearly below the genes for ER, PR and HER2.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """A tiny simulated cohort and a tiny MKD configuration, shared by all trainer tests."""
 
+import sys
+
 import pytest
 
 from data_pipelines.simulate import SimulationSpec, simulate_cohort
@@ -36,5 +38,17 @@ def tiny_config(cohort_dir):
     def make(**changes):
         values = {**TINY, "data.dir": str(cohort_dir), **{k.replace("__", "."): str(v) for k, v in changes.items()}}
         return config.load("configs/mkd.py:er,fold=0", [f"{k}={v}" for k, v in values.items()])
+
+    return make
+
+
+@pytest.fixture
+def tiny_command(cohort_dir):
+    """The command line of a tiny run in a process of its own."""
+
+    def make(workdir, **changes):
+        values = {**TINY, "data.dir": str(cohort_dir), **{k.replace("__", "."): str(v) for k, v in changes.items()}}
+        command = [sys.executable, "-m", "histokd_jax.cli.main", "train", "--config", "configs/mkd.py:er,fold=0"]
+        return [*command, "--workdir", str(workdir), *(f"--config.{k}={v}" for k, v in values.items())]
 
     return make
