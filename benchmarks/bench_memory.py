@@ -1,10 +1,11 @@
 """Peak resident memory against the number of slides: 200 and 2,000 simulated bags, a fresh process per cell.
 
 Every cell takes the same number of steps of the same shape, so that only the number of slides differs. The default
-iterates the input pipeline; `--train` runs `histokd train` on the same data instead.
+iterates the input pipeline; `--train` runs `histokd train` (MKD, one fold) on the same data instead, with the number of
+epochs that gives equal steps.
 
-    python -m benchmarks.bench_memory [--smoke] [--out FILE]
-    python -m benchmarks.bench_memory --train --config configs/mkd.py:smoke --train-args "..."
+    python -m benchmarks.bench_memory [--train] [--smoke] [--out FILE]
+    python -m benchmarks.bench_memory --train --config FILE --train-args "--config.train.b=8 ..."
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ SMOKE = {
     "slides": [20, 200], "feat_dim": 32, "median_patches": 30, "sigma": 0.6, "largest_bag": 100,
     "slides_per_step": 4, "steps": 50, "rows": 1, "row_patches": 512, "threads": 2, "repeats": 1, "genes": 32,
 }  # fmt: skip
+FOLDS, VAL_FRACTION = 5, 0.2
 
 
 def write_cohort(directory: pathlib.Path, slides: int, config: dict[str, Any]) -> None:
@@ -102,6 +104,9 @@ def peak_mib(command: list[str]) -> float:
 def run(config: dict[str, Any], args: Any) -> dict[str, Any]:
     """Measures all cells in turn and writes the result."""
     name = "bench_memory_train" if args.train else "bench_memory"
+    out = args.out
+    if args.smoke and out is None:  # never among the results
+        out = pathlib.Path(tempfile.mkdtemp()) / f"{name}.json"
     few, many = config["slides"]
     with tempfile.TemporaryDirectory() as folder:
         for slides in config["slides"]:
@@ -110,7 +115,9 @@ def run(config: dict[str, Any], args: Any) -> dict[str, Any]:
         for repeat in range(config["repeats"]):
             for slides in config["slides"]:
                 dataset, workdir = _dataset(folder, slides), pathlib.Path(folder) / f"run_{slides}_{repeat}"
-                command = _train(dataset, workdir, args) if args.train else _cell("--iterate", dataset, config)
+                command = _cell("--iterate", dataset, config)
+                if args.train:
+                    command = train_command(dataset, workdir, slides, config, args)
                 values[slides].append(peak_mib(command))
     growth = float(np.median(values[many]) / np.median(values[few]))
     metrics = {f"peak_rss[{slides} slides]": common.metric(v, "MiB") for slides, v in values.items()}
@@ -119,7 +126,7 @@ def run(config: dict[str, Any], args: Any) -> dict[str, Any]:
     if args.train:
         settings = {**config, "mode": "train", "train_config": args.config, "train_args": args.train_args}
     notes = "Peak resident set of a fresh process; simulated bags; equal step shape and number of steps in all cells."
-    return common.write_result(args.out, benchmark=name, config=settings, metrics=metrics, derived=derived, notes=notes)
+    return common.write_result(out, benchmark=name, config=settings, metrics=metrics, derived=derived, notes=notes)
 
 
 def _dataset(folder: str, slides: int) -> pathlib.Path:
@@ -131,9 +138,32 @@ def _cell(action: str, directory: pathlib.Path, config: dict[str, Any]) -> list[
     return [sys.executable, "-m", "benchmarks.bench_memory", action, str(directory), *settings]
 
 
-def _train(dataset: pathlib.Path, workdir: pathlib.Path, args: Any) -> list[str]:
-    extra = shlex.split(args.train_args.format(dataset=dataset))
+def train_command(
+    dataset: pathlib.Path, workdir: pathlib.Path, slides: int, config: dict[str, Any], args: Any
+) -> list[str]:
+    """`histokd train` on one data set: one fold, no control, as many epochs as the wanted number of steps takes.
+
+    Row lengths are multiples of the chunk: one chunk per row gives the steps of all data sets the same length.
+    """
+    steps_per_epoch = int(slides * (1 - 1 / FOLDS) * (1 - VAL_FRACTION)) // config["slides_per_step"]
+    overrides = {
+        "data.dir": dataset,
+        "data.feat_dim": 0,
+        "data.chunk": config["row_patches"],
+        "data.threads": config["threads"],
+        "genes.top_k": config["genes"],
+        "genes.token_size": config["genes"] // 4,
+        "train.b": config["slides_per_step"],
+        "train.max_epochs": max(1, round(config["steps"] / steps_per_epoch)),
+        "early_stop.enabled": False,
+        "ckpt.every_epochs": config["steps"],  # the last epoch only: checkpoints would come per slide, not per step
+        "split.n_folds": FOLDS,
+        "split.val_fraction": VAL_FRACTION,
+        "compare.control": False,
+        "report.bootstrap": 20,
+    }
     command = [sys.executable, "-m", "histokd_jax.cli.main", "train", "--config", args.config]
+    extra = [f"--config.{key}={value}" for key, value in overrides.items()] + shlex.split(args.train_args)
     return [*command, "--workdir", str(workdir), *extra]
 
 
@@ -141,12 +171,8 @@ def main() -> None:
     """Command line; --write and --iterate are entries for one fresh process."""
     arguments = common.parser("bench_memory", __doc__.splitlines()[0])
     arguments.add_argument("--train", action="store_true", help="run `histokd train` instead of the bare pipeline")
-    arguments.add_argument("--config", default="configs/mkd.py:smoke", help="config of --train")
-    arguments.add_argument(
-        "--train-args",
-        default="--config.data.dir={dataset}",
-        help="further arguments of `histokd train`; {dataset} is replaced",
-    )
+    arguments.add_argument("--config", default="configs/mkd.py:er,fold=0", help="config of --train")
+    arguments.add_argument("--train-args", default="", help="further arguments of `histokd train`")
     arguments.add_argument("--write", type=pathlib.Path, help="write one data set and exit")
     arguments.add_argument("--iterate", type=pathlib.Path, help="iterate one data set and exit")
     arguments.add_argument("--settings", type=json.loads, help="configuration of --write and --iterate")

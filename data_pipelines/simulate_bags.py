@@ -262,5 +262,5 @@ def _check_between(spec: SimulationSpec, *fields: str) -> None:
             raise ValueError(f"simulation.{field} is {getattr(spec, field)}; expected a fraction between 0 and 1")
 
 
-DEMO = SimulationSpec(n_cases=160, feat_dim=64, n_genes=1024, bag_median=150.0, signal_patches=1.0, signal_genes=64)
+DEMO = SimulationSpec(n_cases=200, feat_dim=64, n_genes=1024, bag_median=150.0, signal_patches=2.0)
 """A cohort small enough to write in seconds and to train on in minutes on two CPU cores."""

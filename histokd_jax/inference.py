@@ -65,7 +65,8 @@ def open_cohort(
         labels_path=labels or None,
         task=(task or model.cfg.task) if labels else None,
         genes_path=genes_path,
-        unit="slide" if model.cfg.data.unit == "slide" or not labels else model.cfg.data.unit,
+        # Without tables every slide is predicted; tables keyed by case take one slide per case, as in training.
+        unit=model.cfg.data.unit if labels or genes_path else "slide",
         slide_choice=model.cfg.data.slide_choice,
     )
     if labels and list(cohort.class_names) != model.class_names:

@@ -11,6 +11,10 @@ from absl import flags
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Many tests build the same small program: compile each once, also across sessions and child processes.
+CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 # Grain's workers read absl flags; outside app.run they would raise UnparsedFlagAccessError.
 flags.FLAGS.mark_as_parsed()
 

@@ -4,6 +4,7 @@
   histokd evaluate --workdir runs/er --data EXTERNAL --labels labels.csv --out runs/er_external
 
 External test: every fold's model is applied unchanged to the whole set; the table shows the mean over the models.
+Intervals are drawn as in the run (its seed, resamples and unit), so the first form reproduces the run's summary.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", default="pathology", help="pathology (default), both or genomics")
     parser.add_argument("--genes", default="", metavar="FILE", help="its genes, if the mode needs them")
     parser.add_argument("--out", type=pathlib.Path, metavar="DIR", help="where to write the external results")
-    parser.add_argument("--bootstrap", type=int, default=2000, help="resamples of the confidence intervals")
+    parser.add_argument("--bootstrap", type=int, metavar="N", help="resamples of the intervals; default: as the run")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,7 +40,9 @@ def run(args: argparse.Namespace) -> int:
         out = args.out or args.workdir / "external"
         out.mkdir(parents=True, exist_ok=True)
         write_predictions(out / "predictions_test.csv", table)
-    summary = summaries.summarise(table, num_classes=table.num_classes, bootstrap=args.bootstrap, facts=facts)
+    summary = summaries.summarise(
+        table, num_classes=table.num_classes, facts=facts, **_resampling(args.workdir, args.bootstrap)
+    )
     print(summaries.print_table(summary))
     print(f"summary: {summaries.write_summary(out / 'summary.json', summary)}")
     return 0
@@ -53,6 +56,14 @@ def _facts(workdir: pathlib.Path) -> dict:
         raise ValueError(f"{workdir} is no run directory: run_manifest.json is missing")
     manifest = json.loads(path.read_text())
     return {key: manifest[key] for key in ("task", "method", "simulated", "patient_overlap", "dataset", "seed")}
+
+
+def _resampling(workdir: pathlib.Path, bootstrap: int | None) -> dict:
+    from histokd_jax.train.run import resampling
+    from histokd_jax.utils import config
+
+    options = resampling(config.from_json((workdir / "config.json").read_text()))
+    return options if bootstrap is None else {**options, "bootstrap": bootstrap}
 
 
 def _external(args: argparse.Namespace):
@@ -72,4 +83,5 @@ def _external(args: argparse.Namespace):
         "simulated": manifest.simulated,
         "data_fingerprint": manifest.fingerprint(),
         "external": True,
+        "trained_on": {key: facts[key] for key in ("dataset", "simulated")},
     }

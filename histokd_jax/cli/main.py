@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from logging import LogRecord
 
 from absl import logging
 
@@ -66,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         top.error(f"{args.command}: unknown arguments: {' '.join(unknown or rest)}")
     args.overrides, args.argv = overrides, ["histokd", *argv]
     logging.set_verbosity(logging.INFO if args.verbose else logging.WARNING)
+    if not args.verbose:
+        logging.get_absl_logger().addFilter(_without_checkpoint_threads)
     return _run(args)
 
 
@@ -88,6 +91,11 @@ def _run(args: argparse.Namespace) -> int:
             raise
         print(f"histokd {args.command}: {error}", file=sys.stderr)
         return 1
+
+
+def _without_checkpoint_threads(record: LogRecord) -> bool:
+    """Orbax logs the traceback of every thread of a failed save; the error itself is reported once, by us."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _read_flags() -> None:

@@ -17,10 +17,10 @@ HELP = "train all folds of a method and its control, then report"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `histokd train`."""
-    parser.add_argument("--config", required=True, metavar="FILE.py[:ARGS]", help="configuration, e.g. configs/mkd.py:er")
+    parser.add_argument("--config", required=True, metavar="FILE.py[:ARGS]", help="settings, e.g. configs/mkd.py:er")
     parser.add_argument("--workdir", type=pathlib.Path, metavar="DIR", help="run directory (made if absent)")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument("--allow-patient-overlap", action="store_true", help="accept splits that share patients, marked")
+    parser.add_argument("--allow-patient-overlap", action="store_true", help="accept patients in several parts, marked")
     parser.add_argument("--no-report", action="store_true", help="do not write report.html")
     parser.set_defaults(takes_config=True)
 

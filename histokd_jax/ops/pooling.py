@@ -112,7 +112,7 @@ def attention_weights(
       chunk: patches per chunk.
 
     Returns:
-      [Q, R, L] float32; sums to 1 over the patches of a slide, 0 on padding.
+      [Q, R, L] float32 (float64 for float64 scores); sums to 1 over the patches of a slide, 0 on padding.
     """
     _, lse = attention_pool(features_fn, params, aux, patches, segment_ids, positions, num_slots=num_slots, chunk=chunk)
 
@@ -125,7 +125,7 @@ def attention_weights(
             a = jnp.exp(jnp.where(seg > 0, s.astype(lse.dtype) - lse.T[:, jnp.maximum(seg - 1, 0)], NEG))
             return lax.dynamic_update_slice_in_dim(out, a.astype(out.dtype), start, axis=1)
 
-        out = _for_chunks(flat, chunk, fill, jnp.zeros((lse.shape[1], flat[1].shape[0]), jnp.float32))
+        out = _for_chunks(flat, chunk, fill, jnp.zeros((lse.shape[1], flat[1].shape[0]), lse.dtype))
         return out.reshape(lse.shape[1], *segment_ids.shape)
 
     if _data_shards() > 1:

@@ -19,7 +19,8 @@ def enable(directory: pathlib.Path | None = None) -> pathlib.Path:
       The folder.
     """
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    chosen = directory or pathlib.Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or pathlib.Path(base) / "histokd_jax")
+    default = os.environ.get("JAX_COMPILATION_CACHE_DIR") or pathlib.Path(base) / "histokd_jax"
+    chosen = pathlib.Path(directory or default)
     chosen.mkdir(parents=True, exist_ok=True, mode=0o700)
     jax.config.update("jax_compilation_cache_dir", str(chosen))
     # Small models compile in less than the default threshold of one second.

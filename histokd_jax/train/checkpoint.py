@@ -6,13 +6,17 @@ parameters. A missing or mis-shaped leaf raises: a partial restore could leave i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import pathlib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from data_pipelines.atomic import storage_errors
@@ -20,6 +24,19 @@ from data_pipelines.atomic import storage_errors
 
 class CheckpointMismatchError(ValueError):
     """A checkpoint that belongs to another method, configuration, data set or plan."""
+
+
+@contextlib.contextmanager
+def _writing(directory: pathlib.Path) -> Iterator[None]:
+    """`storage_errors`, also for the checkpoint library, which reports a full disk as a ValueError."""
+    with storage_errors(directory):
+        try:
+            yield
+        except ValueError as error:
+            number = re.search(r"os_error_code='(\d+)'", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 class RunCheckpoints:
@@ -46,11 +63,13 @@ class RunCheckpoints:
         return self
 
     def __exit__(self, *exc) -> None:
-        self._checkpointer.close()
+        # Closing repeats the error of a failed save.
+        with _writing(self._directory):
+            self._checkpointer.close()
 
     def save(self, step: int, state: Any, progress: Mapping[str, Any]) -> None:
         """Writes `state` and `progress` under a global step; replaces an older save of the same step."""
-        with storage_errors(self._directory):
+        with _writing(self._directory):
             self._checkpointer.save(
                 step,
                 state,
@@ -67,8 +86,8 @@ class RunCheckpoints:
         """
         if self._checkpointer.latest is None:
             return None
-        metadata = self._checkpointer.metadata().custom_metadata
-        saved = metadata["identity"]
+        metadata = self._checkpointer.metadata().custom_metadata or {}
+        saved = metadata.get("identity", {})
         different = sorted(k for k in {*saved, *self._identity} if saved.get(k) != self._identity.get(k))
         if different:
             raise CheckpointMismatchError(
@@ -98,7 +117,7 @@ def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
 
 def export_groups(directory: pathlib.Path, params: Mapping[str, Any]) -> None:
     """Writes each parameter group to its own folder, so that a student can be shipped without its teachers."""
-    with storage_errors(directory):
+    with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         for group, tree in params.items():
             ocp.save((directory / group).absolute(), tree, overwrite=True)
@@ -115,6 +134,12 @@ def load_groups(directory: pathlib.Path, like: Mapping[str, Any], groups: Iterab
     Raises:
       CheckpointMismatchError: if a group is absent or has other leaves or shapes.
     """
+    # Stated here: the file names the devices of the training machine, which may not exist on this one.
+    device = SingleDeviceSharding(jax.devices()[0])
+
+    def on_one_device(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+
     out = {}
     for group in groups:
         path = directory / group
@@ -124,8 +149,9 @@ def load_groups(directory: pathlib.Path, like: Mapping[str, Any], groups: Iterab
         stored = jax.tree.map(lambda leaf: tuple(leaf.shape), _plain(ocp.metadata(path.absolute()).metadata))
         wanted = jax.tree.map(lambda leaf: tuple(leaf.shape), _plain(like[group]))
         if stored != wanted:
-            raise CheckpointMismatchError(f"{path} holds other parameters than this model: {_difference(stored, wanted)}")
-        out[group] = ocp.load(path.absolute(), like[group])
+            found = _difference(stored, wanted)
+            raise CheckpointMismatchError(f"{path} holds other parameters than this model: {found}")
+        out[group] = ocp.load(path.absolute(), jax.tree.map(on_one_device, like[group]))
     return out
 
 

@@ -64,7 +64,7 @@ class FoldData:
 
     Attributes:
       train: planned training batches.
-      evaluation: "val" and "test" -> planned exact passes.
+      evaluation: "val" (absent without a validation part) and "test" -> planned exact passes.
       selections: batch field -> the genes chosen on this fold's training patients.
       split_hash: sha256 of the split.
     """
@@ -192,6 +192,8 @@ def fold_data(experiment: Experiment, fold: int, method: Method) -> FoldData:
     evaluation = {}
     for part in ("val", "test"):
         rows = getattr(split, part)
+        if not len(rows):
+            continue
         plan = packing.plan_evaluation(
             experiment.manifest.sizes[experiment.cohort.slide_index[rows]],
             target_capacity=train_plan.capacity,
@@ -209,7 +211,7 @@ def fold_data(experiment: Experiment, fold: int, method: Method) -> FoldData:
 
 
 def share_shapes(folds: list[FoldData]) -> list[FoldData]:
-    """Gives the steps of all folds one row length, so that one compiled program serves them; empty chunks cost nothing."""
+    """Gives the steps of all folds one row length, so that one compiled program serves them; empty chunks are free."""
 
     def longest(sources):
         return max(source.plan.row_patches for source in sources)
@@ -294,7 +296,12 @@ def _ranking_table(genes: ConfigDict) -> dict[str, float]:
 
 
 def _check_classes(experiment: Experiment, split: Split, fold: int) -> None:
-    for part in ("train", "val", "test"):
+    if not len(split.val) and experiment.cfg.early_stop.enabled:
+        raise ValueError(
+            f"fold {fold} has no validation part, but early_stop.enabled=True selects on it: raise split.val_fraction, "
+            "or train a fixed number of epochs with early_stop.enabled=False"
+        )
+    for part in ("train", "val", "test") if len(split.val) else ("train", "test"):
         rows = getattr(split, part)
         present = set(experiment.cohort.label[rows].tolist())
         absent = [name for c, name in enumerate(experiment.cohort.class_names) if c not in present]

@@ -225,13 +225,16 @@ class _StageRunner:
         facts = {"epoch": epoch, "stage": self.stage.name}
         means = self._epoch_means(state, epoch)
         self.writer.write(step, {**facts, "split": "train"}, {**means, **timing})
-        metrics = self._validate(state)
-        monitor = evaluate.mean_auc(metrics, self.stage.monitor_modes)
-        self.writer.write(step, {**facts, "split": "val"}, {**metrics, "monitor": monitor})
-        stopper, improved = progress.stopper.update(monitor, epoch)
+        shown, stopper, improved = {"loss": f"{means['loss']:.3f}"}, progress.stopper, False
+        if "val" in self.job.data.evaluation:
+            metrics = self._validate(state)
+            monitor = evaluate.mean_auc(metrics, self.stage.monitor_modes)
+            self.writer.write(step, {**facts, "split": "val"}, {**metrics, "monitor": monitor})
+            stopper, improved = stopper.update(monitor, epoch)
+            shown |= {"val_auc": f"{monitor:.3f}", "best": f"{stopper.best:.3f}"}
         progress = dataclasses.replace(progress, epoch=epoch + 1, stopper=stopper)
         state = _close_epoch(state, improved)
-        bar.set_postfix(loss=f"{means['loss']:.3f}", val_auc=f"{monitor:.3f}", best=f"{stopper.best:.3f}")
+        bar.set_postfix(shown)
         last = progress.epoch == self.job.cfg.train.max_epochs or self._finished(progress)
         if last or progress.epoch % self.job.cfg.ckpt.every_epochs == 0:
             self.checkpoints.save(step, state, progress.to_json())
@@ -243,8 +246,9 @@ class _StageRunner:
         bad = sorted(name for name, value in means.items() if not np.isfinite(value))
         if bad:
             raise DivergedError(
-                f"fold {self.job.fold}, stage {self.stage.name}, epoch {epoch}: {', '.join(bad)} became NaN or infinite. "
-                "The newest checkpoint is from before; lower train.lr, clip the genes (genes.clip=5), or check the data"
+                f"fold {self.job.fold}, stage {self.stage.name}, epoch {epoch}: {', '.join(bad)} became NaN or "
+                "infinite; the newest checkpoint is from before; lower train.lr, clip the genes (genes.clip=5), or "
+                "check the data"
             )
         return means
 

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from data_pipelines.atomic import storage_errors
 from data_pipelines.genes import GeneSelection
+from histokd_jax.evals.predictions import atomic_writer
 from histokd_jax.methods import registry
 from histokd_jax.train.checkpoint import CheckpointMismatchError, export_groups, load_groups, params_hash
 from histokd_jax.train.experiment import Experiment, FoldData
@@ -76,8 +76,8 @@ def export(directory: pathlib.Path, params: Any, experiment: Experiment, data: F
         },
         "params_sha256": {group: params_hash(tree) for group, tree in params.items()},
     }
-    with storage_errors(directory):
-        (directory / MODEL_FILE).write_text(json.dumps(facts, indent=2, sort_keys=True))
+    with atomic_writer(directory / MODEL_FILE) as stream:
+        json.dump(facts, stream, indent=2, sort_keys=True)
 
 
 def load(directory: pathlib.Path, mode: str) -> Model:
@@ -88,7 +88,7 @@ def load(directory: pathlib.Path, mode: str) -> Model:
       mode: inference mode, e.g. "pathology".
 
     Raises:
-      CheckpointMismatchError: no model, a missing network, other shapes, or contents that differ from the recorded hash.
+      CheckpointMismatchError: no model, a missing network, other shapes, or contents that differ from their hash.
       ValueError: the method has no such mode.
     """
     path = directory / MODEL_FILE
@@ -105,7 +105,7 @@ def load(directory: pathlib.Path, mode: str) -> Model:
     params = load_groups(directory, like, needed.params)
     for group, tree in params.items():
         if params_hash(tree) != facts["params_sha256"][group]:
-            raise CheckpointMismatchError(f"{directory / group} differs from the hash in {MODEL_FILE}: changed or damaged")
+            raise CheckpointMismatchError(f"{directory / group} differs from its hash in {MODEL_FILE}: damaged?")
     selections = {
         field: GeneSelection.from_json(json.dumps(value))
         for field, value in facts["selections"].items()

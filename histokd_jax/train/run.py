@@ -19,7 +19,13 @@ from ml_collections import ConfigDict
 
 from data_pipelines.atomic import storage_errors
 from histokd_jax.evals import summary as summaries
-from histokd_jax.evals.predictions import Predictions, concatenate, read_predictions, write_predictions
+from histokd_jax.evals.predictions import (
+    Predictions,
+    atomic_writer,
+    concatenate,
+    read_predictions,
+    write_predictions,
+)
 from histokd_jax.methods import registry
 from histokd_jax.train import loop, model_dir, provenance, sharding
 from histokd_jax.train.checkpoint import CheckpointMismatchError
@@ -27,8 +33,6 @@ from histokd_jax.train.experiment import Experiment, FoldData, fold_data, load_e
 from histokd_jax.train.programs import Programs
 from histokd_jax.train.signals import StopRequest
 from histokd_jax.utils import config as config_utils
-
-PARTS = ("val", "test")
 
 
 def train(cfg: ConfigDict, workdir: pathlib.Path, command: Sequence[str] = ()) -> dict[str, Any]:
@@ -102,7 +106,7 @@ def _arm(
     facts = provenance.run_manifest(experiment, folds, command)
     _write_json(directory / "run_manifest.json", facts)
     programs = Programs(method, cfg, sharding.make_mesh(cfg.mesh.data))
-    tables: dict[str, list[Predictions]] = {part: [] for part in PARTS}
+    tables: dict[str, list[Predictions]] = {}
     for k, data in folds.items():
         job = loop.Job(
             cfg=cfg,
@@ -114,9 +118,11 @@ def _arm(
             identity=_identity(cfg, data),
             title=f"{cfg.task} {title}, fold {k}",
         )
-        finished = _finished(job) or _train_fold(job, experiment, stop)
-        for part in PARTS:
-            tables[part].append(finished[part])
+        if not _is_finished(job):
+            _train_fold(job, experiment, stop)
+        # Always read back, so that a run finished in several sittings reports the same digits.
+        for part in data.evaluation:
+            tables.setdefault(part, []).append(read_predictions(job.directory / f"predictions_{part}.csv"))
     joined = {part: concatenate(found) for part, found in tables.items()}
     for part, table in joined.items():
         write_predictions(directory / f"predictions_{part}.csv", table)
@@ -128,17 +134,16 @@ def write_summary(
 ) -> dict[str, Any]:
     """Computes and writes summary.json of an arm."""
     facts = {key: manifest[key] for key in ("task", "method", "simulated", "patient_overlap", "dataset", "seed")}
-    summary = summaries.summarise(
-        test,
-        num_classes=test.num_classes,
-        bootstrap=cfg.report.bootstrap,
-        seed=cfg.seed,
-        # With every sample a slide of its own (spots of one patient), patients cannot be resampled.
-        unit="slide" if cfg.data.unit == "slide" else "patient",
-        facts=facts,
-    )
+    summary = summaries.summarise(test, num_classes=test.num_classes, facts=facts, **resampling(cfg))
     summaries.write_summary(directory / "summary.json", summary)
     return summary
+
+
+def resampling(cfg: ConfigDict) -> dict[str, Any]:
+    """How the intervals of a run are drawn: keyword arguments of `summary.summarise`."""
+    # With every sample a slide of its own (spots of one patient), patients cannot be resampled.
+    unit = "slide" if cfg.data.unit == "slide" else "patient"
+    return {"bootstrap": cfg.report.bootstrap, "seed": cfg.seed, "unit": unit}
 
 
 def _fields(cfg: ConfigDict) -> tuple[str, ...]:
@@ -160,7 +165,8 @@ def _claim(directory: pathlib.Path, cfg: ConfigDict) -> None:
         )
     with storage_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    with atomic_writer(path) as stream:
+        stream.write(text)
 
 
 def _identity(cfg: ConfigDict, data: FoldData) -> dict[str, str]:
@@ -171,12 +177,11 @@ def _identity(cfg: ConfigDict, data: FoldData) -> dict[str, str]:
     }
 
 
-def _train_fold(job: loop.Job, experiment: Experiment, stop: StopRequest) -> dict[str, Predictions]:
+def _train_fold(job: loop.Job, experiment: Experiment, stop: StopRequest) -> None:
     result = loop.fit(job, stop)
     model_dir.export(job.directory / "model", result.params, experiment, job.data, job.fold)
-    tables = {part: loop.predictions(job, part, result) for part in PARTS}
-    for part, table in tables.items():
-        write_predictions(job.directory / f"predictions_{part}.csv", table)
+    for part in job.data.evaluation:
+        write_predictions(job.directory / f"predictions_{part}.csv", loop.predictions(job, part, result))
     _write_json(
         job.directory / "fold.json",
         {
@@ -188,23 +193,22 @@ def _train_fold(job: loop.Job, experiment: Experiment, stop: StopRequest) -> dic
         },
     )
     logging.info("fold %d finished: best epoch %d", job.fold, result.progress.stopper.best_epoch)
-    return tables
 
 
-def _finished(job: loop.Job) -> dict[str, Predictions] | None:
-    """Predictions of a fold that was completed earlier with the same inputs."""
+def _is_finished(job: loop.Job) -> bool:
+    """Whether the fold was completed earlier; refuses one that was completed with other inputs."""
     path = job.directory / "fold.json"
     if not path.exists():
-        return None
+        return False
     saved = json.loads(path.read_text())["identity"]
     if saved != dict(job.identity):
         changed = sorted(k for k in {*saved, *job.identity} if saved.get(k) != job.identity.get(k))
         raise CheckpointMismatchError(
             f"{job.directory.name} was finished with another {', '.join(changed)}; give another --workdir"
         )
-    return {part: read_predictions(job.directory / f"predictions_{part}.csv") for part in PARTS}
+    return True
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:
-    with storage_errors(path):
-        path.write_text(json.dumps(value, indent=2, sort_keys=True))
+    with atomic_writer(path) as stream:
+        json.dump(value, stream, indent=2, sort_keys=True)

@@ -39,8 +39,8 @@ def cached_loss_and_gradients(
 ) -> tuple[jax.Array, Mapping, Any, Any]:
     """The same gradient with one bag in memory at a time (MKD specification, section 6, "grad_cache").
 
-    Pass 1 computes the slot outputs bag by bag; the objective gives their cotangents; pass 2 pulls these back bag by bag
-    with the same dropout masks. Needs one slide per row (padded layout). Extra state is left as it was.
+    Pass 1 computes the slot outputs bag by bag; the objective gives their cotangents; pass 2 pulls these back bag by
+    bag with the same dropout masks. Needs one slide per row (padded layout). Extra state is left as it was.
     """
     row_fields = {k: v for k, v in batch.items() if k in schema.ROW_FIELDS}
 

@@ -31,7 +31,9 @@ class MetricWriter:
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=upto_step + 1, flush_secs=30)
 
     def _lines(self) -> list[str]:
-        return self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
+        lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
+        # A killed run may leave its last line cut short.
+        return [line for line in lines if line.endswith("\n")]
 
     def __enter__(self) -> MetricWriter:
         return self

@@ -13,7 +13,12 @@ import types
 from collections.abc import Iterable
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
+
+SHIPPED = (pathlib.Path(__file__).parents[1] / "configs", pathlib.Path(__file__).parents[2] / "configs")
+"""Where the named configurations lie: package data of an installed wheel, or the source tree."""
+
+_LITERALS = {"true": "True", "false": "False", "none": "None", "null": "None"}
 
 
 class ConfigError(ValueError):
@@ -59,28 +64,39 @@ def set_key(cfg: ConfigDict, key: str, text: str) -> None:
         near = difflib.get_close_matches(key, flat, n=3, cutoff=0.5)
         hint = f"; did you mean {', '.join(near)}?" if near else f"; keys are: {', '.join(sorted(flat))}"
         raise ConfigError(f"unknown config key {key!r}{hint}")
-    value = _convert(key, text, flat[key])
+    value = _convert(key, text, flat[key], *_kind(cfg, key))
     try:
         cfg.update_from_flattened_dict({key: value})
     except (TypeError, ValueError) as e:
         raise ConfigError(f"--config.{key}={text}: {e}") from e
 
 
-def _convert(key: str, text: str, default: Any) -> Any:
-    if isinstance(default, str):
+def _kind(cfg: ConfigDict, key: str) -> tuple[type, bool]:
+    """Type of a key, and whether it may be None; such keys hold typed references."""
+    node = cfg.to_dict(preserve_field_references=True)
+    for part in key.split("."):
+        node = node[part]
+    return (node.get_type(), True) if isinstance(node, FieldReference) else (type(node), False)
+
+
+def _convert(key: str, text: str, default: Any, kind: type, nullable: bool) -> Any:
+    if kind is str:
         return text
     try:
-        value = ast.literal_eval({"true": "True", "false": "False", "none": "None", "null": "None"}.get(text, text))
+        value = ast.literal_eval(_LITERALS.get(text.lower(), text))
     except (ValueError, SyntaxError):
-        if isinstance(default, tuple):  # teachers=M,G
-            value = tuple(filter(None, text.strip("[]()").split(",")))
-        else:
-            raise ConfigError(f"--config.{key}={text}: expected {type(default).__name__}, like {default!r}") from None
-    if isinstance(default, tuple):
-        value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    if isinstance(default, bool) != isinstance(value, bool) and default is not None and value is not None:
-        raise ConfigError(f"--config.{key}={text}: expected {type(default).__name__}, like {default!r}")
-    return float(value) if isinstance(default, float) and isinstance(value, int) else value
+        # A name is no literal, but may stand in a list: teachers=M,G
+        value = tuple(filter(None, text.strip("[]()").split(","))) if kind is tuple else text
+    if kind is tuple:
+        return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if value is None and nullable:
+        return None
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        allowed = f"{kind.__name__} or None" if nullable else kind.__name__
+        raise ConfigError(f"--config.{key}={text}: expected {allowed}, like {default!r}")
+    return value
 
 
 def flatten(cfg: ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -119,9 +135,8 @@ def _find(name: str) -> pathlib.Path:
     path = pathlib.Path(name)
     if path.is_file():
         return path
-    # An installed wheel carries the named configurations as package data.
     shipped = []
-    for root in (pathlib.Path(__file__).parents[1] / "configs", pathlib.Path(__file__).parents[2] / "configs"):
+    for root in SHIPPED:
         parts = path.parts[1:] if path.parts and path.parts[0] == "configs" else path.parts
         candidate = root.joinpath(*parts)
         if candidate.is_file():
@@ -136,7 +151,8 @@ def _import(path: pathlib.Path) -> types.ModuleType:
     package = "_histokd_configs_" + hashlib.sha256(str(folder).encode()).hexdigest()[:12]
     if package not in sys.modules:
         parent = types.ModuleType(package)
-        parent.__path__ = [str(folder)]
+        # A file copied elsewhere still finds the shared settings.
+        parent.__path__ = [str(root) for root in (folder, *SHIPPED)]
         sys.modules[package] = parent
     module = importlib.import_module(f"{package}.{path.stem}")
     if not hasattr(module, "get_config"):

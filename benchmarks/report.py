@@ -1,0 +1,94 @@
+"""Turns benchmark results into Markdown tables.
+
+python -m benchmarks.report [--results FOLDER] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from benchmarks import common
+
+
+def load_results(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """All results of a folder, by file name.
+
+    Raises:
+      ValueError: if a file is not a result of the current schema, or there is none.
+    """
+    records = []
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        if not isinstance(record, dict) or record.get("schema") != common.SCHEMA:
+            raise ValueError(f"{path.name} is not a benchmark result of schema {common.SCHEMA}: remove or rerun it")
+        records.append(record)
+    if not records:
+        raise ValueError(f"no results (*.json) in {folder.name}: run e.g. `python -m benchmarks.bench_step` first")
+    return records
+
+
+def render(records: Iterable[Mapping[str, Any]]) -> str:
+    """One section per result: where and when it ran, its metrics, its verdicts."""
+    return "\n\n".join(_section(record) for record in records) + "\n"
+
+
+def _section(record: Mapping[str, Any]) -> str:
+    host, versions = record["host"], record["versions"]
+    where = f"{host['cpu']}, {host['cores']} cores, {host['memory_gib']} GiB; device {record['device_kind']}"
+    software = ", ".join(f"{name} {version}" for name, version in versions.items())
+    lines = [f"## {record['benchmark']}", "", f"{record['timestamp']}, commit {record['git']}; {where}.", ""]
+    lines += [f"Versions: {software}.", "", record["notes"], ""]
+    metrics = [
+        (name, *(number(m[key]) for key in ("median", "p10", "p90")), str(m["n"]), m["unit"])
+        for name, m in record["metrics"].items()
+    ]
+    lines += [table(("metric", "median", "p10", "p90", "n", "unit"), metrics), ""]
+    facts = [(name, number(value)) for name, value in flatten(record["derived"])]
+    lines.append(table(("derived", "value"), facts))
+    return "\n".join(lines)
+
+
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, leaf) of nested mappings, in order."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def number(value: Any) -> str:
+    """Four significant digits for a float, thousands separated; yes and no for truth values; text as it is."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; bars inside cells are escaped."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=pathlib.Path, default=common.RESULTS, help="folder of *.json")
+    parser.add_argument("--out", type=pathlib.Path, help="write here instead of to the terminal")
+    args = parser.parse_args()
+    text = render(load_results(args.results))
+    if args.out is None:
+        print(text, end="")
+    else:
+        args.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
