@@ -37,7 +37,7 @@ CORE = [
 EXTRAS = {
     "report": ["matplotlib>=3.9"],
     "wsi": ["openslide-bin>=4.0", "pillow>=10.0", "scikit-image>=0.24"],
-    "torch": ["torch>=2.6", "timm>=1.0"],
+    "torch": ["torch>=2.6"],
     "cuda": ["jax[cuda12]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],
 }

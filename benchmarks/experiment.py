@@ -99,9 +99,12 @@ def baseline(
 
 
 def logistic_regression(clip: float | None = 5.0, costs: Sequence[float] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 1e-1)):
-    """Standardised, class-balanced logistic regression with C tuned by 3-fold AUC inside the training part."""
+    """Standardised, class-balanced logistic regression, C tuned by 3 folds inside the training part.
+
+    The inner score is AUC for two classes and balanced accuracy for more (a rare class may miss an inner fold).
+    """
     from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import roc_auc_score
+    from sklearn.metrics import balanced_accuracy_score, roc_auc_score
     from sklearn.model_selection import StratifiedKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -113,8 +116,11 @@ def logistic_regression(clip: float | None = 5.0, costs: Sequence[float] = (1e-4
     def score(x, y, cost):
         found = []
         for a, b in StratifiedKFold(3, shuffle=True, random_state=0).split(x, y):
-            probs = fit(x[a], y[a], cost).predict_proba(x[b])
-            found.append(roc_auc_score(y[b], probs[:, 1] if probs.shape[1] == 2 else probs, multi_class="ovr"))
+            model = fit(x[a], y[a], cost)
+            if len(model.classes_) == 2:
+                found.append(roc_auc_score(y[b], model.predict_proba(x[b])[:, 1]))
+            else:
+                found.append(balanced_accuracy_score(y[b], model.predict(x[b])))
         return float(np.mean(found))
 
     def fit_predict(x, y, test):

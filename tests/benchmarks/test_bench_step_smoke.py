@@ -84,12 +84,25 @@ def test_window_counts_valid_patches_of_the_steps_inside_the_clock(monkeypatch):
 
 def test_student_is_compared_with_the_better_peer():
     values = {"student": [30.0, 40.0, 50.0], "torch_eager": [10.0, 10.0, 10.0], "torch_compiled": [20.0, 20.0, 20.0]}
-    found = bench_step.compare(values, 100)
+    found = bench_step.compare(values, 100, quiet=True)
     assert found["better_peer"] == "torch_compiled" and found["ratios"] == [1.5, 2.0, 2.5]
     assert found["ratio"] == 2.0 and found["meets_target"] and found["target"] == 2.0
-    assert not bench_step.compare({**values, "torch_eager": [25.0] * 3}, 100)["meets_target"]
-    assert "meets_target" not in bench_step.compare(values, 10_000)
-    assert bench_step.compare({"student": [1.0]}, 100) == {}
+    assert not bench_step.compare({**values, "torch_eager": [25.0] * 3}, 100, quiet=True)["meets_target"]
+    assert "meets_target" not in bench_step.compare(values, 10_000, quiet=True)
+    assert bench_step.compare({"student": [1.0]}, 100, quiet=True) == {}
+
+
+def test_a_busy_machine_never_meets_a_target():
+    values = {"student": [90.0], "torch_eager": [10.0]}
+    found = bench_step.compare(values, 100, quiet=False)
+    assert found["ratio"] == 9.0 and found["meets_target"] is False
+
+
+def test_foreign_work_is_counted_in_cores(monkeypatch):
+    monkeypatch.setattr(bench_step, "processor_seconds", lambda: (130.0, 25.0))
+    assert bench_step.cores_used_elsewhere((100.0, 5.0), seconds=5.0) == 2.0
+    assert bench_step.cores_used_elsewhere((110.0, 5.0), seconds=5.0) == 0.0
+    assert bench_step.cores_used_elsewhere(None, seconds=5.0) is None
 
 
 def test_missing_peer_is_reported_and_the_library_still_measured(monkeypatch):

@@ -1,0 +1,50 @@
+# Everything installs into a virtual environment of its own, one per Python version: make test PYTHON=python3.12
+PYTHON ?= python3
+TAG := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+DEFAULT_TAG := $(shell python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV ?= $(if $(filter $(TAG),$(DEFAULT_TAG)),.venv,.venv-$(TAG))
+BIN := $(VENV)/bin
+# The CPU build of PyTorch; another index or version can be given on the command line.
+TORCH ?= torch==2.13.0
+JOBS ?= 2
+
+.PHONY: demo test test-torch lint bench-smoke install install-test clean
+
+demo: install
+	$(BIN)/histokd demo --workdir runs/demo
+
+install: $(VENV)/.installed
+install-test: $(VENV)/.installed-test
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.installed: setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[report]'
+	touch $@
+
+$(VENV)/.installed-test: setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-torch: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	touch $@
+
+test: install-test
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not torch'
+
+test-torch: $(VENV)/.installed-torch
+	$(BIN)/python -m pytest -m torch
+
+lint: install-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --line-length 120 .
+
+bench-smoke: install-test
+	for name in bench_input bench_step bench_e2e bench_memory; do \
+	  $(BIN)/python -m benchmarks.$$name --smoke --out $(VENV)/smoke/$$name.json || exit 1; done
+
+clean:
+	rm -rf .venv .venv-* .jax_cache build *.egg-info
