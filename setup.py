@@ -48,7 +48,7 @@ EXTRAS["test"] = [
 setup(
     name="histokd_jax",
     version=VERSION,
-    description="Multi-modal knowledge distillation for histopathology: train with every modality, deploy on H&E alone.",
+    description="Multi-modal knowledge distillation for histopathology: all modalities in training, H&E at test",
     long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -2,8 +2,8 @@
 
     histokd train --config configs/mkd.py:er,fold=all --workdir runs/er --config.data.dir=DATASET
 
-Words: er, pr, her2 (task), faithful (the authors' quirks), teacher512 (the stronger genomic teacher: one token of the 512
-genes ranked by training-fold ANOVA, stronger dropout, 30 fixed epochs), gmkdn (journal variant), smoke (seconds), demo.
+Words: er, pr, her2 (task), faithful (the authors' quirks), teacher512 (the stronger genomic teacher: one token of the
+512 genes ranked by training-fold ANOVA, stronger dropout, 30 fixed epochs), gmkdn (journal variant), smoke, demo.
 Settings: fold=all|0..4, task=NAME, seed=N.
 """
 

@@ -39,9 +39,7 @@ def run(args: argparse.Namespace) -> int:
         if not (args.labels and args.genes):
             raise ValueError("--labels and --genes go together: both real tables are needed")
         tasks = tuple(filter(None, args.tasks.split(",")))
-        manifest = simulate_bags_for_table(
-            args.out, spec, labels_path=args.labels, genes_path=args.genes, tasks=tasks
-        )
+        manifest = simulate_bags_for_table(args.out, spec, labels_path=args.labels, genes_path=args.genes, tasks=tasks)
     else:
         manifest = simulate.simulate_cohort(args.out, spec)
     print(

@@ -111,7 +111,17 @@ class PatchFeatures:
         Returns:
           (h [H, n] in the compute dtype, scores [1, n] in at least float32).
         """
-        h = operand(jax.nn.relu(affine_to_columns(params["proj"], x, self.dtype)), self.dtype)
+        return self.rest(params, aux, self.stem(params, x), segment_ids, positions)
+
+    def stem(self, params: Mapping, x: jax.Array) -> jax.Array:
+        """FC(x) as [H, n], affine in the parameters: what the pool may keep for the backward pass."""
+        return affine_to_columns(params["proj"], x, self.dtype)
+
+    def rest(
+        self, params: Mapping, aux: tuple[jax.Array, ...], u: jax.Array, segment_ids: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Values and scores from the projection, see `__call__`."""
+        h = operand(jax.nn.relu(u), self.dtype)
         if aux:
             h = hash_dropout(h, aux[0], segment_ids, positions, self.rate, self.layer)
         return h, gated_scores(params["attention"], h, self.dtype)

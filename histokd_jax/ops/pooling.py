@@ -25,9 +25,16 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 FeaturesFn = Callable[[Any, Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-"""(params, aux, x [n, D], segment_ids [n], positions [n]) -> (values [H, n], scores [Q, n])."""
+"""(params, aux, x [n, D], segment_ids [n], positions [n]) -> (values [H, n], scores [Q, n]).
+
+It may be an object that also has `stem(params, x) -> u [H, n]` and `rest(params, aux, u, segment_ids, positions)` with
+fn(params, aux, x, ...) = rest(params, aux, stem(params, x), ...), where the stem is affine in params. The pool then
+keeps u for the backward pass while that fits `SAVE_BYTES`, instead of multiplying the patches a second time.
+"""
 
 NEG = -1e30  # never -inf: the difference of two of them is NaN
+# Stems of one step are kept up to this size (1.3 times the speed of recomputing them); beyond it memory stays constant.
+SAVE_BYTES = 256 * 2**20
 DATA_AXIS = "data"
 
 
@@ -138,7 +145,7 @@ def attention_weights(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _pool(static: _Static, params, patches, aux, segment_ids, positions):
-    stats = _forward(static, params, patches, aux, segment_ids, positions)
+    stats, _ = _forward(static, False, params, patches, aux, segment_ids, positions)
     return _finish(stats)
 
 
@@ -150,13 +157,15 @@ def _pool_fwd(static, params, patches, aux, segment_ids, positions):
         (params, patches, aux, segment_ids, positions),
         is_leaf=lambda t: hasattr(t, "perturbed"),
     )
-    pooled, lse = _finish(_forward(static, params, patches, aux, segment_ids, positions))
+    keep = _fits(static, params, patches)
+    stats, stems = _forward(static, keep, params, patches, aux, segment_ids, positions)
+    pooled, lse = _finish(stats)
     flag = np.zeros(()) if wants_patches else None
-    return (pooled, lse), (params, patches, aux, segment_ids, positions, pooled, lse, flag)
+    return (pooled, lse), (params, patches, aux, segment_ids, positions, stems, pooled, lse, flag)
 
 
 def _pool_bwd(static, residuals, cotangents):
-    params, patches, aux, segment_ids, positions, pooled, lse, flag = residuals
+    params, patches, aux, segment_ids, positions, stems, pooled, lse, flag = residuals
     g_pooled, g_lse = (
         jnp.zeros(like.shape, like.dtype) if isinstance(g, jax.custom_derivatives.SymbolicZero) else g
         for g, like in zip(cotangents, (pooled, lse))
@@ -169,11 +178,11 @@ def _pool_bwd(static, residuals, cotangents):
         rows = P(DATA_AXIS)
         local = jax.shard_map(
             functools.partial(_backward_sharded, local),
-            in_specs=(P(), rows, P(), rows, rows, P(), P(), P()),
+            in_specs=(P(), rows, P(), rows, rows, P(None, DATA_AXIS), P(), P(), P()),
             out_specs=(P(), rows if wants_patches else P()),
             check_vma=False,
         )
-    d_params, d_patches = local(params, patches, aux, segment_ids, positions, lse, g_pooled, offset)
+    d_params, d_patches = local(params, patches, aux, segment_ids, positions, stems, lse, g_pooled, offset)
     return (
         d_params,
         (d_patches if wants_patches else _no_cotangent(patches)),
@@ -227,32 +236,49 @@ def _one_hot(seg, num_slots):
     return seg[None, :] == jnp.arange(1, num_slots + 1, dtype=seg.dtype)[:, None]  # [S, n]
 
 
-def _forward(static: _Static, params, patches, aux, segment_ids, positions) -> _Stats:
+def _fits(static: _Static, params, patches) -> bool:
+    """Whether the stems of the rows of one device are kept for the backward pass; known when tracing."""
+    if not hasattr(static.features_fn, "stem"):
+        return False
+    rows, length, width = patches.shape
+    u = jax.eval_shape(static.features_fn.stem, params, jax.ShapeDtypeStruct((1, width), patches.dtype))
+    return rows // static.data_shards * length * u.shape[0] * u.dtype.itemsize <= SAVE_BYTES
+
+
+def _forward(static: _Static, keep: bool, params, patches, aux, segment_ids, positions) -> tuple[_Stats, Any]:
+    """Online softmax state and, if `keep`, the stems [H, R * L] (else an empty tuple)."""
+    local = functools.partial(_forward_local, static, keep)
     if static.data_shards == 1:
-        return _forward_local(static, params, patches, aux, segment_ids, positions)
+        return local(params, patches, aux, segment_ids, positions)
 
     def sharded(*args):
-        m, z, num = _forward_local(static, *args)
+        (m, z, num), stems = local(*args)
         top = lax.pmax(m, DATA_AXIS)
         r = jnp.exp(m - top)
-        return _Stats(top, lax.psum(z * r, DATA_AXIS), lax.psum(num * r[..., None], DATA_AXIS))
+        return _Stats(top, lax.psum(z * r, DATA_AXIS), lax.psum(num * r[..., None], DATA_AXIS)), stems
 
     rows = P(DATA_AXIS)
-    return jax.shard_map(sharded, in_specs=(P(), rows, P(), rows, rows), out_specs=P(), check_vma=False)(
-        params, patches, aux, segment_ids, positions
-    )
+    return jax.shard_map(
+        sharded, in_specs=(P(), rows, P(), rows, rows), out_specs=(P(), P(None, DATA_AXIS)), check_vma=False
+    )(params, patches, aux, segment_ids, positions)
 
 
-def _forward_local(static: _Static, params, patches, aux, segment_ids, positions) -> _Stats:
+def _forward_local(static: _Static, keep: bool, params, patches, aux, segment_ids, positions) -> tuple[_Stats, Any]:
     flat = _flatten(patches, segment_ids, positions)
     probe = tuple(jax.ShapeDtypeStruct((1, *t.shape[1:]), t.dtype) for t in flat)
     h, s = jax.eval_shape(static.features_fn, params, aux, *probe)
     acc = jnp.promote_types(h.dtype, jnp.float32)
     slots, queries = static.num_slots, s.shape[0]
 
-    def body(stats, _, part):
+    def body(carry, start, part):
+        stats, stems = carry
         x, seg, pos = part
-        h, s = static.features_fn(params, aux, _masked(x, seg), seg, pos)
+        if keep:
+            u = static.features_fn.stem(params, _masked(x, seg))
+            stems = lax.dynamic_update_slice_in_dim(stems, u, start, axis=1)
+            h, s = static.features_fn.rest(params, aux, u, seg, pos)
+        else:
+            h, s = static.features_fn(params, aux, _masked(x, seg), seg, pos)
         one_hot = _one_hot(seg, slots)[:, None, :]
         s = s.astype(acc)[None]
         m = jnp.maximum(stats.m, jnp.max(jnp.where(one_hot, s, NEG), axis=-1))
@@ -260,14 +286,18 @@ def _forward_local(static: _Static, params, patches, aux, segment_ids, positions
         # `where` inside exp: outside, an empty slot would give exp(0) or overflow.
         e = jnp.exp(jnp.where(one_hot, s - m[..., None], NEG))
         num = jnp.einsum("sqn,hn->sqh", e.astype(h.dtype), h, preferred_element_type=acc)
-        return _Stats(m, stats.z * r + e.sum(-1), stats.num * r[..., None] + num)
+        return _Stats(m, stats.z * r + e.sum(-1), stats.num * r[..., None] + num), stems
 
     zero = _Stats(
         jnp.full((slots, queries), NEG, acc),
         jnp.zeros((slots, queries), acc),
         jnp.zeros((slots, queries, h.shape[0]), acc),
     )
-    return _for_chunks(flat, static.chunk, body, zero)
+    stems = ()
+    if keep:
+        u = jax.eval_shape(static.features_fn.stem, params, probe[0])
+        stems = jnp.zeros((u.shape[0], flat[1].shape[0]), u.dtype)
+    return _for_chunks(flat, static.chunk, body, (zero, stems))
 
 
 def _finish(stats: _Stats) -> tuple[jax.Array, jax.Array]:
@@ -281,33 +311,23 @@ def _backward_sharded(local, *args):
     return jax.tree.map(lambda g: lax.psum(g, DATA_AXIS), d_params), d_patches
 
 
-def _backward_local(static, wants_patches, params, patches, aux, segment_ids, positions, lse, g_pooled, offset):
+def _backward_local(static, wants_patches, params, patches, aux, segment_ids, positions, stems, lse, g_pooled, offset):
     flat = _flatten(patches, segment_ids, positions)
-    slots = static.num_slots
 
     def body(carry, start, part):
         d_params, d_flat = carry
         x, seg, pos = part
-        masked = _masked(x, seg)
-
-        def features(params, x):
-            return static.features_fn(params, aux, x, seg, pos)
-
-        if wants_patches:
-            (h, s), pull = jax.vjp(features, params, masked)
-        else:
-            (h, s), pull = jax.vjp(lambda params: features(params, masked), params)
-        one_hot = _one_hot(seg, slots)[:, None, :]
+        (h, s), pull = _features_vjp(static, wants_patches, params, aux, stems, start, (_masked(x, seg), seg, pos))
+        one_hot = _one_hot(seg, static.num_slots)[:, None, :]
         a = jnp.exp(jnp.where(one_hot, s.astype(lse.dtype)[None] - lse[..., None], NEG))
         g = g_pooled.astype(h.dtype)
         d_h = jnp.einsum("sqh,sqn->hn", g, a.astype(h.dtype), preferred_element_type=lse.dtype)
         d_a = jnp.einsum("sqh,hn->sqn", g, h, preferred_element_type=lse.dtype) + offset[..., None]
         d_s = jnp.sum(a * d_a, axis=0)
-        pulled = pull((d_h.astype(h.dtype), d_s.astype(s.dtype)))
-        d_params = jax.tree.map(lambda total, part: total + part.astype(total.dtype), d_params, pulled[0])
+        pulled, d_x = pull((d_h.astype(h.dtype), d_s.astype(s.dtype)))
+        d_params = jax.tree.map(lambda total, part: total + part.astype(total.dtype), d_params, pulled)
         if wants_patches:
-            d_x = _masked(pulled[1], seg)
-            d_flat = lax.dynamic_update_slice_in_dim(d_flat, d_x.astype(d_flat.dtype), start, axis=0)
+            d_flat = lax.dynamic_update_slice_in_dim(d_flat, _masked(d_x, seg).astype(d_flat.dtype), start, axis=0)
         return d_params, d_flat
 
     zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
@@ -315,3 +335,23 @@ def _backward_local(static, wants_patches, params, patches, aux, segment_ids, po
     d_params, d_flat = _for_chunks(flat, static.chunk, body, (zero, d_flat))
     d_params = jax.tree.map(lambda g, p: g.astype(p.dtype), d_params, params)
     return d_params, (d_flat.reshape(patches.shape) if wants_patches else ())
+
+
+def _features_vjp(static, wants_patches, params, aux, stems, start, part):
+    """Values and scores of a chunk, and (cotangents) -> (cotangent of params, cotangent of x or None)."""
+    x, seg, pos = part
+    kept = not isinstance(stems, tuple)
+    fn = static.features_fn.stem if kept else lambda params, x: static.features_fn(params, aux, x, seg, pos)
+    # The stem is affine in its parameters: its value is not used here, so its product is not computed again.
+    out, pull_fn = jax.vjp(fn, params, x) if wants_patches else jax.vjp(lambda params: fn(params, x), params)
+    if not kept:
+        return out, lambda g: (*pull_fn(g), None)[:2]
+    u = lax.dynamic_slice_in_dim(stems, start, seg.shape[0], axis=1)
+    out, pull_rest = jax.vjp(lambda params, u: static.features_fn.rest(params, aux, u, seg, pos), params, u)
+
+    def pull(g):
+        d_rest, d_u = pull_rest(g)
+        d_stem, d_x = (*pull_fn(d_u), None)[:2]
+        return jax.tree.map(jnp.add, d_rest, d_stem), d_x
+
+    return out, pull

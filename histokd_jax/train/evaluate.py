@@ -49,9 +49,7 @@ def predict_source(
     return out
 
 
-def as_table(
-    probs: Mapping[str, np.ndarray], slide_index: np.ndarray, cohort: Cohort, fold: int
-) -> Predictions:
+def as_table(probs: Mapping[str, np.ndarray], slide_index: np.ndarray, cohort: Cohort, fold: int) -> Predictions:
     """Predictions of all modes with case, slide and label, in the order of `slide_index`."""
     row_of = {int(slide): row for row, slide in enumerate(cohort.slide_index)}
     rows = [row_of[int(slide)] for slide in slide_index]
@@ -73,5 +71,3 @@ def val_metrics(probs: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str
 def mean_auc(metrics: Mapping[str, float], modes: Iterable[str]) -> float:
     """The stopping monitor: mean AUC over modes."""
     return float(np.mean([metrics[f"auroc_{mode}"] for mode in modes]))
-
-

@@ -206,12 +206,16 @@ class _StageRunner:
                 self._interrupt(state, progress)
         jax.block_until_ready(loss)
         seconds = time.perf_counter() - began
-        return state, progress, {
-            "lr": lr,
-            "time_epoch": seconds,
-            "time_data_wait": waited,
-            "patches_per_second": patches / seconds,
-        }
+        return (
+            state,
+            progress,
+            {
+                "lr": lr,
+                "time_epoch": seconds,
+                "time_data_wait": waited,
+                "patches_per_second": patches / seconds,
+            },
+        )
 
     def _interrupt(self, state, progress):
         self.checkpoints.save(_global_step(self.job, progress), state, progress.to_json())
@@ -275,7 +279,9 @@ def predict_part(job: Job, source, params: Any, extra: Any, key: jax.Array | Non
         step_key = None if key is None else jax.random.fold_in(key, number)
         return job.programs.predict(job.modes, params, extra, batch, step_key)
 
-    return evaluate.predict_source(predict, source, job.programs.mesh, threads=job.cfg.data.threads)
+    found = evaluate.predict_source(predict, source, job.programs.mesh, threads=job.cfg.data.threads)
+    # A jitted function returns dictionaries in the order of their keys; tables start with the deployed mode.
+    return {mode: found[mode] for mode in job.modes}
 
 
 def predictions(job: Job, part: str, result: Fit) -> Predictions:

@@ -1,7 +1,7 @@
 """Exported models: one folder per network, and model.json with what is needed to use them.
 
-    model/model.json   config, classes, patch width and encoder, selected genes by name, hashes
-    model/S_P/         the student alone is enough for pathology-only prediction; teachers may be deleted
+model/model.json   config, classes, patch width and encoder, selected genes by name, hashes
+model/S_P/         the student alone is enough for pathology-only prediction; teachers may be deleted
 """
 
 from __future__ import annotations

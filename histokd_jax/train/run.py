@@ -60,9 +60,7 @@ def train(cfg: ConfigDict, workdir: pathlib.Path, command: Sequence[str] = ()) -
         result = _arm(experiment, numbers, workdir, command, stop, "student + distillation")
         control = control_config(cfg)
         if control is not None:
-            other = Experiment(
-                control, experiment.reader, experiment.cohort, experiment.gene_tables, experiment.folds
-            )
+            other = Experiment(control, experiment.reader, experiment.cohort, experiment.gene_tables, experiment.folds)
             _arm(other, numbers, workdir / "control", command, stop, "control (all weights 0)")
     return result
 

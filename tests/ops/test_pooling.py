@@ -205,3 +205,53 @@ def test_vmap_over_replicas_equals_a_loop():
     for k in range(2):
         one = fn(jax.tree.map(lambda p, k=k: p[k], stacked))
         jax.tree.map(lambda a, b, k=k: np.testing.assert_allclose(a[k], b, rtol=2e-4, atol=1e-5), many, one)
+
+
+class Split:
+    """The same features, cut after the projection."""
+
+    def stem(self, params, x):
+        return params["f"].astype(x.dtype) @ x.T + params["b"].astype(x.dtype)[:, None]
+
+    def rest(self, params, aux, u, seg, pos):
+        h = jnp.maximum(u, 0)
+        gate = jnp.tanh(params["v"] @ h) * jax.nn.sigmoid(params["u"] @ h)
+        return h, params["w"] @ gate
+
+    def __call__(self, params, aux, x, seg, pos):
+        return self.rest(params, aux, self.stem(params, x), seg, pos)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("limit", [0, pooling.SAVE_BYTES])
+def test_kept_stems_equal_recomputed_ones(monkeypatch, devices, limit):
+    monkeypatch.setattr(pooling, "SAVE_BYTES", limit)
+    params, x, seg, pos = f32(make([37, 1, 0, 60], 4, 30, 2))
+    dirty = jnp.where((seg > 0)[..., None], x, jnp.nan)
+    target = jax.random.normal(jax.random.key(1), (4, 2, H))
+    split = Split()
+
+    def value(fn, params, x):
+        return jnp.sum(pooling.attention_pool(fn, params, (), x, seg, pos, num_slots=4, chunk=8)[0] * target)
+
+    want = jax.value_and_grad(lambda p, x: value(features, p, x), argnums=(0, 1))(params, x)
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        got = jax.jit(jax.value_and_grad(lambda p, x: value(split, p, x), argnums=(0, 1)))(params, dirty)
+        only_params = jax.jit(jax.grad(lambda p: value(split, p, dirty)))(params)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), got[1], want[1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), only_params, want[1][0])
+
+
+def test_stems_are_kept_only_while_they_fit(monkeypatch):
+    def temporaries(limit):
+        monkeypatch.setattr(pooling, "SAVE_BYTES", limit)
+        params, x, seg, pos = f32(make([3000], 1, 4096))
+        grad = jax.grad(
+            lambda p: jnp.sum(pooling.attention_pool(Split(), p, (), x, seg, pos, num_slots=1, chunk=64)[0])
+        )
+        return jax.jit(grad).lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    kept = H * 4096 * 4
+    assert temporaries(kept) - temporaries(kept - 1) > kept // 2

@@ -79,7 +79,9 @@ class _Mkd:
           ({"P", "M", "G": [S, H], "z_P", "z_M", "z_G": [S, C]}, extra).
         """
         del frozen
-        bags, streams = _inputs(batch, _PATCH_FIELDS), _streams(self.spec, batch)
+        bags = _inputs(batch, _PATCH_FIELDS)
+        # A student alone reads no genes, as `Method.requires` says.
+        streams = _streams(self.spec, batch) if len(self.networks) > 1 else None
         outputs = {}
         for name in self.networks:
             quiet = not train or (stage == objectives.STUDENT_STAGE and name != STUDENT)
