@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,12 +16,13 @@ from tqdm import tqdm
 from data_pipelines import packing, schema
 from data_pipelines.atomic import storage_errors
 from data_pipelines.cohort import Cohort, build_cohort
+from data_pipelines.genes import GeneTable
 from data_pipelines.manifest import Manifest
 from data_pipelines.pipeline import SlideTable, StepSource, make_eval_dataset
 from data_pipelines.reader import BagReader
 from histokd_jax.evals.predictions import Predictions, concatenate
 from histokd_jax.train import evaluate, model_dir, sharding
-from histokd_jax.train.experiment import check_width
+from histokd_jax.train.experiment import CNV, check_width, read_copy_number
 from histokd_jax.train.model_dir import Model
 
 
@@ -37,9 +39,14 @@ def model_folders(path: pathlib.Path) -> list[pathlib.Path]:
     raise ValueError(f"{path} holds no trained model: give RUN, RUN/fold_0 or RUN/fold_0/model")
 
 
+def default_mode(folder: pathlib.Path) -> str:
+    """The mode that the model's configuration deploys (infer.mode)."""
+    return json.loads((folder / model_dir.MODEL_FILE).read_text())["config"]["infer"]["mode"]
+
+
 def open_cohort(
-    data: pathlib.Path, model: Model, mode: str, *, labels: str = "", genes: str = "", task: str = ""
-) -> tuple[BagReader, Cohort]:
+    data: pathlib.Path, model: Model, mode: str, *, labels: str = "", genes: str = "", cnv: str = "", task: str = ""
+) -> tuple[BagReader, Cohort, dict[str, GeneTable]]:
     """Joins a data set with only the tables that a mode needs.
 
     Args:
@@ -48,7 +55,11 @@ def open_cohort(
       mode: inference mode.
       labels: label table; empty: none, all labels unknown.
       genes: gene table; empty: tables/genes.npz of the data set. Read only if the mode needs genes.
+      cnv: copy-number table, for modes of two-stream variants that need it.
       task: label column; empty: the model's.
+
+    Returns:
+      Reader, cohort, and the gene tables by batch field.
 
     Raises:
       ValueError: another patch width, missing genes or tables that do not join.
@@ -71,13 +82,17 @@ def open_cohort(
     )
     if labels and list(cohort.class_names) != model.class_names:
         raise ValueError(f"{labels} has classes {list(cohort.class_names)}, the model {model.class_names}")
-    return BagReader(manifest), cohort
+    tables = {} if cohort.genes is None else {schema.GENES: cohort.genes}
+    if CNV in model.method.mode(mode).fields:
+        tables[CNV] = read_copy_number(cnv, cohort)
+    return BagReader(manifest), cohort, tables
 
 
-def _source(reader: BagReader, cohort: Cohort, model: Model, with_coords: bool = False) -> StepSource:
-    fields: dict[str, Any] = {}
-    for field, selection in model.selections.items():
-        fields[field] = selection.apply_table(cohort.genes)
+def _source(
+    reader: BagReader, cohort: Cohort, tables: Mapping[str, GeneTable], model: Model, with_coords: bool = False
+) -> StepSource:
+    fields: dict[str, Any] = {field: s.apply_table(tables[field]) for field, s in model.selections.items()}
+    if fields:
         fields[schema.HAS_GENES] = cohort.has_genes
     plan = packing.plan_evaluation(
         reader.manifest.sizes[cohort.slide_index],
@@ -96,7 +111,7 @@ def predict(folders: Sequence[pathlib.Path], data: pathlib.Path, mode: str, **ta
       folders: model folders.
       data: data set directory; genes are read only if the mode needs them.
       mode: inference mode.
-      **tables: labels, genes, task as in `open_cohort`.
+      **tables: labels, genes, cnv, task as in `open_cohort`.
 
     Returns:
       One row per slide and model.
@@ -105,7 +120,7 @@ def predict(folders: Sequence[pathlib.Path], data: pathlib.Path, mode: str, **ta
     parts = []
     for folder in folders:
         model = model_dir.load(folder, mode)
-        reader, cohort = open_cohort(data, model, mode, **tables)
+        reader, cohort, genes = open_cohort(data, model, mode, **tables)
         if cohort.dropped:
             logging.warning("%s", _drop_text(cohort))
         run = jax.jit(lambda batch, model=model: model.method.predict(model.params, {}, model.extra, batch, mode))
@@ -117,7 +132,7 @@ def predict(folders: Sequence[pathlib.Path], data: pathlib.Path, mode: str, **ta
         def bar(batches: Iterable, name=folder.parent.name) -> Iterable:
             return tqdm(batches, desc=f"{mode}, {name}", unit="step", disable=None)
 
-        source = _source(reader, cohort, model)
+        source = _source(reader, cohort, genes, model)
         probs = evaluate.predict_source(step, source, mesh, threads=2, progress=bar)
         parts.append(evaluate.as_table(probs, source.table.slide_index, cohort, model.facts["fold"]))
     return concatenate(parts)
@@ -141,8 +156,8 @@ def export_attention(folder: pathlib.Path, data: pathlib.Path, mode: str, out: p
       The files, in manifest order.
     """
     model = model_dir.load(folder, mode)
-    reader, cohort = open_cohort(data, model, mode)
-    source = _source(reader, cohort, model, with_coords=True)
+    reader, cohort, genes = open_cohort(data, model, mode)
+    source = _source(reader, cohort, genes, model, with_coords=True)
     mesh = sharding.make_mesh(1)
     run = jax.jit(lambda batch: model.method.attention(model.params, {}, model.extra, batch, mode))
     with storage_errors(out):

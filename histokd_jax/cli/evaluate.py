@@ -21,8 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=pathlib.Path, metavar="DATASET", help="external data set")
     parser.add_argument("--labels", default="", metavar="FILE", help="its labels; default: tables/labels.csv")
     parser.add_argument("--task", default="", help="label column; default: the task of the run")
-    parser.add_argument("--mode", default="pathology", help="pathology (default), both or genomics")
+    parser.add_argument("--mode", default="", help="pathology, both or genomics; default: infer.mode of the model")
     parser.add_argument("--genes", default="", metavar="FILE", help="its genes, if the mode needs them")
+    parser.add_argument("--cnv", default="", metavar="FILE", help="its copy numbers, for gmkdn modes that need them")
     parser.add_argument("--out", type=pathlib.Path, metavar="DIR", help="where to write the external results")
     parser.add_argument("--bootstrap", type=int, metavar="N", help="resamples of the intervals; default: as the run")
 
@@ -71,9 +72,9 @@ def _external(args: argparse.Namespace):
     from histokd_jax import inference
 
     labels = args.labels or str(args.data / "tables" / "labels.csv")
-    table = inference.predict(
-        inference.model_folders(args.workdir), args.data, args.mode, labels=labels, genes=args.genes, task=args.task
-    )
+    folders = inference.model_folders(args.workdir)
+    mode = args.mode or inference.default_mode(folders[0])
+    table = inference.predict(folders, args.data, mode, labels=labels, genes=args.genes, cnv=args.cnv, task=args.task)
     manifest = Manifest.load(args.data)
     facts = _facts(args.workdir)
     return table, {

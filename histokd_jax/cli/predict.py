@@ -20,8 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=pathlib.Path, required=True, help="RUN, RUN/fold_0 or a model folder")
     parser.add_argument("--data", type=pathlib.Path, required=True, metavar="DATASET", help="data set directory")
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE.csv", help="predictions")
-    parser.add_argument("--mode", default="pathology", help="pathology (default), both or genomics")
+    parser.add_argument("--mode", default="", help="pathology, both or genomics; default: infer.mode of the model")
     parser.add_argument("--genes", default="", metavar="FILE", help="gene table, if the mode needs genes")
+    parser.add_argument("--cnv", default="", metavar="FILE", help="copy-number table, for gmkdn modes that need it")
     parser.add_argument("--attention", type=pathlib.Path, metavar="DIR", help="also write attention per patch")
 
 
@@ -31,10 +32,11 @@ def run(args: argparse.Namespace) -> int:
     from histokd_jax.evals.predictions import write_predictions
 
     folders = inference.model_folders(args.model)
-    table = inference.predict(folders, args.data, args.mode, genes=args.genes)
+    mode = args.mode or inference.default_mode(folders[0])
+    table = inference.predict(folders, args.data, mode, genes=args.genes, cnv=args.cnv)
     write_predictions(args.out, table)
     print(f"{len(set(table.slide_id))} slides x {len(folders)} models: {args.out}")
     if args.attention:
-        files = inference.export_attention(folders[0], args.data, args.mode, args.attention)
+        files = inference.export_attention(folders[0], args.data, mode, args.attention)
         print(f"attention of {len(files)} slides: {args.attention}")
     return 0

@@ -105,7 +105,7 @@ def load_experiment(cfg: ConfigDict) -> Experiment:
     )
     tables = {} if cohort.genes is None else {schema.GENES: cohort.genes}
     if cfg.get("variant") == "gmkdn":
-        tables[CNV] = _copy_number(cfg, cohort)
+        tables[CNV] = read_copy_number(cfg.data.cnv, cohort)
     return Experiment(cfg, BagReader(manifest), cohort, tables, _folds(cfg, cohort))
 
 
@@ -144,13 +144,18 @@ def table_paths(cfg: ConfigDict, directory: pathlib.Path) -> dict[str, pathlib.P
     return out
 
 
-def _copy_number(cfg: ConfigDict, cohort: Cohort) -> GeneTable:
-    if not cfg.data.cnv:
-        raise ValueError("variant gmkdn reads two gene streams: give the copy-number table with --config.data.cnv=FILE")
-    table = read_gene_table(cfg.data.cnv, suffix="_cnv").align(cohort.sample_id)
+def read_copy_number(path: str, cohort: Cohort) -> GeneTable:
+    """The copy-number table of two-stream variants, aligned to the cohort.
+
+    Raises:
+      ValueError: no file given, or cases without copy number (listed).
+    """
+    if not path:
+        raise ValueError("variant gmkdn reads two gene streams: give the copy-number table (data.cnv, or --cnv FILE)")
+    table = read_gene_table(path, suffix="_cnv").align(cohort.sample_id)
     if not table.has_genes.all():
         lacking = [c for c, has in zip(cohort.sample_id, table.has_genes) if not has]
-        raise ValueError(f"{cfg.data.cnv}: {len(lacking)} cases of the cohort have no copy number: {lacking[:5]}")
+        raise ValueError(f"{path}: {len(lacking)} cases of the cohort have no copy number: {lacking[:5]}")
     return table
 
 

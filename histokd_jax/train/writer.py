@@ -39,7 +39,8 @@ class MetricWriter:
         return self
 
     def __exit__(self, *exc) -> None:
-        self._board.close()
+        with storage_errors(self._path.parent):
+            self._board.close()
 
     def write(self, step: int, facts: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """One line.

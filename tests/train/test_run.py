@@ -365,3 +365,16 @@ def test_killed_run_continues_from_the_last_checkpoint_and_equals_the_uninterrup
     assert not (tmp_path / "fold_0" / "fold.json").exists()
     run.train(tiny_config(), tmp_path)
     assert_same_run(trained, tmp_path)
+
+
+def test_gmkdn_trains_and_predicts_with_two_gene_streams(tiny_config, cohort_dir, tmp_path):
+    """The journal variant end to end; a copy of the expression table stands in for copy numbers."""
+    cnv = str(cohort_dir / "tables" / "genes.npz")
+    run.train(tiny_config(variant="gmkdn", data__cnv=cnv), tmp_path)
+    model = tmp_path / "fold_0" / "model"
+    table = inference.predict([model], cohort_dir, "both", cnv=cnv)
+    test = read_predictions(tmp_path / "predictions_test.csv").of_mode("both")
+    place = {case: row for row, case in enumerate(table.case_id)}
+    np.testing.assert_allclose(table.probs[[place[c] for c in test.case_id]], test.probs, atol=2e-6)
+    with pytest.raises(ValueError, match="copy-number"):
+        inference.predict([model], cohort_dir, "both")
