@@ -1,8 +1,7 @@
-# Everything installs into a virtual environment of its own, one per Python version: make test PYTHON=python3.12
+# Everything installs into a virtual environment of its own: .venv, or .venv-3.12 for make test PYTHON=python3.12
 PYTHON ?= python3
 TAG := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-DEFAULT_TAG := $(shell python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-VENV ?= $(if $(filter $(TAG),$(DEFAULT_TAG)),.venv,.venv-$(TAG))
+VENV ?= $(if $(filter command,$(firstword $(origin PYTHON))),.venv-$(TAG),.venv)
 BIN := $(VENV)/bin
 # The CPU build of PyTorch; another index or version can be given on the command line.
 TORCH ?= torch==2.13.0
