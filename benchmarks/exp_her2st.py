@@ -28,6 +28,7 @@ TRAINING = (
     "data.allow_patient_overlap=True",
     "data.feat_dim=0",
     "data.chunk=256",
+    "data.row_multiple=256",
     "genes.ranking=anova",
     "genes.top_k=512",
     "genes.token_size=128",

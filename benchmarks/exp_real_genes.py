@@ -62,7 +62,13 @@ def cohort(args):
 
 def one_task(task, args, data) -> dict:
     """Both presets, their controls and the regression for one biomarker."""
-    common_keys = [f"data.dir={data}", "data.feat_dim=0", "data.chunk=512", "ckpt.every_epochs=20"]
+    common_keys = [
+        f"data.dir={data}",
+        "data.feat_dim=0",
+        "data.chunk=512",
+        "data.row_multiple=512",
+        "ckpt.every_epochs=20",
+    ]
     if args.smoke:
         common_keys += ["train.max_epochs=2"]
     spec = f"configs/mkd.py:{task.lower()},fold={'0' if args.smoke else 'all'}"

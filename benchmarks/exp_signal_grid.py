@@ -26,6 +26,7 @@ COHORT = SimulationSpec(n_cases=240, feat_dim=64, n_genes=1024, bag_median=100.0
 TRAINING = (
     "data.feat_dim=0",
     "data.chunk=512",
+    "data.row_multiple=512",
     "genes.top_k=512",
     "split.n_folds=3",
     "train.lr=5e-4",

@@ -42,6 +42,7 @@ DEMO = {
     "early_stop.patience": 12,
     "train.lr": 5e-4,
     "data.chunk": 512,
+    "data.row_multiple": 512,
 }
 
 SMOKE = {

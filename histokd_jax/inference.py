@@ -98,7 +98,7 @@ def _source(
         reader.manifest.sizes[cohort.slide_index],
         target_capacity=16 * model.cfg.data.chunk,
         num_slots=model.cfg.eval.slots,
-        multiple_of=model.cfg.data.chunk,
+        multiple_of=model.cfg.data.row_multiple,
     )
     table = SlideTable(cohort.slide_index, fields)
     return StepSource(reader, table, plan, dtype=reader.manifest.dtype, with_coords=with_coords)

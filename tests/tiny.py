@@ -11,6 +11,7 @@ SETTINGS = {
     "model.d": "8",
     "model.attn": "4",
     "data.chunk": "32",
+    "data.row_multiple": "32",
     "genes.top_k": "32",
     "genes.token_size": "16",
     "train.b": "4",

@@ -204,7 +204,7 @@ def fold_data(experiment: Experiment, fold: int, method: Method) -> FoldData:
             target_capacity=train_plan.capacity,
             num_slots=cfg.eval.slots,
             rows=_rows(cfg),
-            multiple_of=cfg.data.chunk,
+            multiple_of=cfg.data.row_multiple,
         )
         evaluation[part] = _source(experiment, rows, fields, plan)
     return FoldData(
@@ -256,7 +256,7 @@ def _train_plan(experiment: Experiment, split: Split, method: Method) -> packing
         seed=cfg.seed,
         sampler=cfg.train.sampler,
         rows=_rows(cfg),
-        multiple_of=cfg.data.chunk,
+        multiple_of=cfg.data.row_multiple,
         max_patches=cfg.data.max_patches_train,
         chunk_patches=experiment.manifest.chunk_patches,
     )
