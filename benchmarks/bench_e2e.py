@@ -29,7 +29,7 @@ from data_pipelines.reader import BagReader
 METHODS = ("student", "mkd")
 FULL = {
     "feat_dim": 1024, "genes": 8192, "token_size": 512, "model_d": 256, "model_attn": 128, "slides": 320,
-    "median_patches": 1000, "sigma": 0.8, "slides_per_step": 16, "chunk": 1024, "row_multiple": 128, "threads": 2,
+    "median_patches": 1000, "sigma": 0.8, "slides_per_step": 16, "chunk": 512, "row_multiple": 128, "threads": 2,
     "repeats": 5, "compute_dtype": "float32", "methods": list(METHODS),
 }  # fmt: skip
 SMOKE = {

@@ -53,7 +53,7 @@ EAGER, COMPILED = "torch_eager", "torch_compiled"
 SIDES = (*JAX_SIDES, EAGER, COMPILED)
 FULL = {
     "feat_dim": 1024, "genes": 8192, "token_size": 512, "model_d": 256, "model_attn": 128, "slides": 320, "sigma": 0.8,
-    "slides_per_step": 16, "medians": [100, 1000], "chunk": 1024, "row_multiple": 128, "resident_patches": 120_000,
+    "slides_per_step": 16, "medians": [100, 1000], "chunk": 512, "row_multiple": 128, "resident_patches": 120_000,
     "window_patches": 400_000, "window_steps": 20, "repeats": 7,
     "sides": ["student", "student_float16_input", "mkd", EAGER, COMPILED],
 }  # fmt: skip

@@ -53,7 +53,7 @@ def base() -> ConfigDict:
             max_patches_train=placeholder(int),
             grouping="size_balanced",
             rows=0,  # packed rows per step; 0: one per device of the data axis
-            chunk=1024,  # patches per chunk of the pooling kernel
+            chunk=512,  # patches per chunk of the pooling kernel
             row_multiple=128,  # packed rows are rounded up to a multiple of this; a last, shorter chunk costs a compile
             threads=2,
             buffer_mib=256,

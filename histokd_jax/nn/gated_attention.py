@@ -10,11 +10,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from histokd_jax.nn.affine import LECUN_NORMAL, Affine, AffineParams, affine_columns, affine_to_columns, operand
+from histokd_jax.nn.affine import LECUN_NORMAL, Affine, ColumnParams, affine_columns, affine_to_columns, operand
 from histokd_jax.ops.dropout import hash_dropout
 from histokd_jax.ops.pooling import attention_pool, attention_weights
 
-AttentionParams = Mapping[str, AffineParams]
+AttentionParams = Mapping[str, ColumnParams]
 
 
 class Bags(NamedTuple):
@@ -30,17 +30,15 @@ def gated_scores(params: AttentionParams, h: jax.Array, dtype: jnp.dtype | None 
     """Attention scores `w (tanh(V h + c_v) * sigmoid(U h + c_u)) + c_w`, before the softmax.
 
     Args:
-      params: "tanh" (V), "sigmoid" (U) and "score" (w) layers.
+      params: "gate" (V above U, one product) and "score" (w) layers.
       h: [H, n] activations, feature-major.
       dtype: compute dtype of the products.
 
     Returns:
       [1, n] float32 (float64 for float64 parameters).
     """
-    gate = jnp.tanh(affine_columns(params["tanh"], h, dtype)) * jax.nn.sigmoid(
-        affine_columns(params["sigmoid"], h, dtype)
-    )
-    return affine_columns(params["score"], gate, dtype)
+    tanh, sigmoid = jnp.split(affine_columns(params["gate"], h, dtype), 2, axis=0)
+    return affine_columns(params["score"], jnp.tanh(tanh) * jax.nn.sigmoid(sigmoid), dtype)
 
 
 class GatedAttention(nn.Module):
@@ -77,9 +75,10 @@ class GatedAttention(nn.Module):
         weights = jax.nn.softmax(scores, axis=-1)
         return jnp.sum(weights[..., None] * tokens, axis=1), weights
 
-    def weights(self) -> AttentionParams:
+    def columns(self) -> AttentionParams:
         """The parameters, for `gated_scores` inside a chunk loop."""
-        return {"tanh": self.tanh.weights(), "sigmoid": self.sigmoid.weights(), "score": self.score.weights()}
+        gate = jax.tree.map(lambda *parts: jnp.concatenate(parts), self.tanh.columns(), self.sigmoid.columns())
+        return {"gate": gate, "score": self.score.columns()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +101,7 @@ class PatchFeatures:
         """`h = dropout(relu(FC(x)))` and its attention scores.
 
         Args:
-          params: {"proj": AffineParams, "attention": AttentionParams}.
+          params: {"proj": ColumnParams, "attention": AttentionParams}.
           aux: (seed,) to draw dropout, () for none.
           x: [n, D] patches.
           segment_ids: [n] int32.
@@ -144,7 +143,7 @@ class BagEncoder(nn.Module):
     hidden: int
     features: PatchFeatures
     initializer: str = LECUN_NORMAL
-    chunk: int = 1024
+    chunk: int = 512
 
     def setup(self) -> None:
         """Declares the layers."""
@@ -174,6 +173,6 @@ class BagEncoder(nn.Module):
                 f"patches are {bags.patches.shape[-1]} wide, but the network was built for data.feat_dim = "
                 f"{self.feat_dim}: use the patch encoder it was trained with, or set data.feat_dim"
             )
-        params = {"proj": self.proj.weights(), "attention": self.attention.weights()}
+        params = {"proj": self.proj.columns(), "attention": self.attention.columns()}
         aux = () if seed is None else (seed,)
         return self.features, params, aux, bags.patches, bags.segment_ids, bags.positions

@@ -62,7 +62,7 @@ def attention_pool(
     positions: jax.Array,
     *,
     num_slots: int,
-    chunk: int = 1024,
+    chunk: int = 512,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax-weighted mean of patch values per slide and query.
 
@@ -76,7 +76,7 @@ def attention_pool(
       segment_ids: [R, L] int32; 0 = padding, s + 1 = slot s.
       positions: [R, L] int32, index of the patch within its bag.
       num_slots: S.
-      chunk: patches per chunk; about 1,024 keeps a chunk in cache on CPU, accelerators want more.
+      chunk: patches per chunk; about 512 keeps a chunk in cache on CPU, accelerators want more.
 
     Returns:
       pooled: [S, Q, H] float32 (float64 for float64 values); exactly 0 for an empty slot.
@@ -104,7 +104,7 @@ def attention_weights(
     positions: jax.Array,
     *,
     num_slots: int,
-    chunk: int = 1024,
+    chunk: int = 512,
 ) -> jax.Array:
     """Softmax weight of every patch within its slide (not differentiable; for attention maps).
 

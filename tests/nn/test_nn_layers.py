@@ -43,8 +43,9 @@ def test_affine_row_and_feature_major_agree():
     params, x = {"kernel": draw(5, 3), "bias": draw(3, seed=1)}, draw(7, 5, seed=2)
     expected = dense(params, x)
     np.testing.assert_allclose(affine.affine(params, x), expected, atol=1e-12)
-    np.testing.assert_allclose(affine.affine_columns(params, x.T), expected.T, atol=1e-12)
-    np.testing.assert_allclose(affine.affine_to_columns(params, x), expected.T, atol=1e-12)
+    columns = {"kernel_t": params["kernel"].T, "bias": params["bias"]}
+    np.testing.assert_allclose(affine.affine_columns(columns, x.T), expected.T, atol=1e-12)
+    np.testing.assert_allclose(affine.affine_to_columns(columns, x), expected.T, atol=1e-12)
 
 
 def test_affine_bfloat16_operands_accumulate_in_float32():

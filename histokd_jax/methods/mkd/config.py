@@ -86,7 +86,7 @@ def default_config() -> ml_collections.ConfigDict:
                 slide_choice="first_sorted",
                 max_patches_train=null(int),
                 grouping="size_balanced",
-                chunk=1024,
+                chunk=512,
             ),
             genes=dict(
                 top_k=8192,

@@ -54,7 +54,7 @@ class NetworkSpec:
     rate: float = 0.25
     gene_rate: float = 0.25
     dtype: jnp.dtype | None = None
-    chunk: int = 1024
+    chunk: int = 512
 
     @property
     def two_streams(self) -> bool:
