@@ -42,7 +42,12 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10"],
 }
 EXTRAS["test"] = [
-    "pytest>=8.0", "pytest-xdist>=3.6", "lifelines>=0.30", "ruff>=0.8", *EXTRAS["report"], *EXTRAS["wsi"],
+    "pytest>=8.0",
+    "pytest-xdist>=3.6",
+    "lifelines>=0.30",
+    "ruff>=0.8",
+    *EXTRAS["report"],
+    *EXTRAS["wsi"],
 ]
 
 setup(

@@ -50,7 +50,7 @@ class _Mkd:
 
     def init(self, key: jax.Array) -> tuple[Params, Extra]:
         """Initial parameters, float32; a network's values do not depend on which others are present."""
-        bags, streams = _dummy(self.spec)
+        bags, streams = _example_inputs(self.spec)
         params = {n: m.init(_network_key(key, n), bags, streams)["params"] for n, m in self.networks.items()}
         return params, {}
 
@@ -196,7 +196,7 @@ def _streams(spec: NetworkSpec, batch: Batch) -> dict[str, jax.Array] | None:
     return {f: jnp.where(batch["has_genes"][:, None], batch[f], 0.0) for f in fields}
 
 
-def _dummy(spec: NetworkSpec) -> tuple[Bags, dict[str, jax.Array]]:
+def _example_inputs(spec: NetworkSpec) -> tuple[Bags, dict[str, jax.Array]]:
     """Inputs of the right widths; as many rows as devices, so that any mesh can divide them."""
     rows = jax.device_count()
     ids = jnp.ones((rows, 1), jnp.int32)
