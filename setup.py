@@ -45,6 +45,8 @@ EXTRAS["test"] = [
     "pytest>=8.0",
     "pytest-xdist>=3.6",
     "lifelines>=0.30",
+    "setuptools>=75",
+    "wheel",
     "ruff>=0.8",
     *EXTRAS["report"],
     *EXTRAS["wsi"],
