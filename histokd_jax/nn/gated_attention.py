@@ -10,7 +10,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from histokd_jax.nn.affine import LECUN_NORMAL, Affine, ColumnParams, affine_columns, affine_to_columns, operand
+from histokd_jax.nn.affine import (
+    LECUN_NORMAL,
+    Affine,
+    ColumnParams,
+    affine_columns,
+    affine_to_columns,
+    known_product,
+    operand,
+)
 from histokd_jax.ops.dropout import hash_dropout
 from histokd_jax.ops.pooling import attention_pool, attention_weights
 
@@ -26,18 +34,18 @@ class Bags(NamedTuple):
     num_slots: int
 
 
-def gated_scores(params: AttentionParams, h: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+def gated_scores(params: AttentionParams, gate: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
     """Attention scores `w (tanh(V h + c_v) * sigmoid(U h + c_u)) + c_w`, before the softmax.
 
     Args:
-      params: "gate" (V above U, one product) and "score" (w) layers.
-      h: [H, n] activations, feature-major.
-      dtype: compute dtype of the products.
+      params: the "score" (w) layer.
+      gate: [2 A, n], V h + c_v above U h + c_u: one product of the "gate" layer with the activations h [H, n].
+      dtype: compute dtype of the product.
 
     Returns:
       [1, n] float32 (float64 for float64 parameters).
     """
-    tanh, sigmoid = jnp.split(affine_columns(params["gate"], h, dtype), 2, axis=0)
+    tanh, sigmoid = jnp.split(gate, 2, axis=0)
     return affine_columns(params["score"], jnp.tanh(tanh) * jax.nn.sigmoid(sigmoid), dtype)
 
 
@@ -110,20 +118,37 @@ class PatchFeatures:
         Returns:
           (h [H, n] in the compute dtype, scores [1, n] in at least float32).
         """
-        return self.rest(params, aux, self.stem(params, x), segment_ids, positions)
+        return self.with_products(params, aux, x, segment_ids, positions)[:2]
 
-    def stem(self, params: Mapping, x: jax.Array) -> jax.Array:
-        """FC(x) as [H, n], affine in the parameters: what the pool may keep for the backward pass."""
-        return affine_to_columns(params["proj"], x, self.dtype)
+    def with_products(
+        self,
+        params: Mapping,
+        aux: tuple[jax.Array, ...],
+        x: jax.Array,
+        segment_ids: jax.Array,
+        positions: jax.Array,
+        known: tuple[jax.Array, ...] = (),
+    ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+        """`__call__`, and its two large products: FC(x) [H, n] and the gate [2 A, n].
 
-    def rest(
-        self, params: Mapping, aux: tuple[jax.Array, ...], u: jax.Array, segment_ids: jax.Array, positions: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Values and scores from the projection, see `__call__`."""
+        Args:
+          params: see `__call__`.
+          aux: see `__call__`.
+          x: see `__call__`.
+          segment_ids: see `__call__`.
+          positions: see `__call__`.
+          known: the first products, if they were computed before; they are not computed again.
+
+        Returns:
+          (h, scores, products).
+        """
+        proj, gate = params["proj"], params["attention"]["gate"]
+        u = known_product(proj, x, known[0], 1, self.dtype) if known else affine_to_columns(proj, x, self.dtype)
         h = operand(jax.nn.relu(u), self.dtype)
         if aux:
             h = hash_dropout(h, aux[0], segment_ids, positions, self.rate, self.layer)
-        return h, gated_scores(params["attention"], h, self.dtype)
+        v = known_product(gate, h, known[1], 0, self.dtype) if len(known) > 1 else affine_columns(gate, h, self.dtype)
+        return h, gated_scores(params["attention"], v, self.dtype), (u, v)
 
 
 class BagEncoder(nn.Module):

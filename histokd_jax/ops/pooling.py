@@ -27,14 +27,18 @@ from jax.sharding import PartitionSpec as P
 FeaturesFn = Callable[[Any, Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 """(params, aux, x [n, D], segment_ids [n], positions [n]) -> (values [H, n], scores [Q, n]).
 
-It may be an object that also has `stem(params, x) -> u [H, n]` and `rest(params, aux, u, segment_ids, positions)` with
-fn(params, aux, x, ...) = rest(params, aux, stem(params, x), ...), where the stem is affine in params. The pool then
-keeps u for the backward pass while that fits `SAVE_BYTES`, instead of multiplying the patches a second time.
+It may be an object that also has `with_products(params, aux, x, segment_ids, positions, known=())`, which returns
+(values, scores, products) and takes the first products [., n] of an earlier call as `known` in place of computing them
+again, with the same derivatives; the product that costs most to compute comes first. The pool then keeps the first one
+for the backward pass while it fits `SAVE_BYTES`, and all of them while they fit `CACHE_BYTES`.
 """
 
 NEG = -1e30  # never -inf: the difference of two of them is NaN
-# Stems of one step are kept up to this size (1.3 times the speed of recomputing them); beyond it memory stays constant.
+# The first product of a step is kept up to this size (1.3 times the speed of computing it again); beyond it temporary
+# memory stays constant.
 SAVE_BYTES = 256 * 2**20
+# The others are cheap: keeping them pays only in a processor's cache (4 % faster in it, 5 % slower outside).
+CACHE_BYTES = 8 * 2**20
 DATA_AXIS = "data"
 
 
@@ -145,7 +149,7 @@ def attention_weights(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _pool(static: _Static, params, patches, aux, segment_ids, positions):
-    stats, _ = _forward(static, False, params, patches, aux, segment_ids, positions)
+    stats, _ = _forward(static, 0, params, patches, aux, segment_ids, positions)
     return _finish(stats)
 
 
@@ -157,15 +161,15 @@ def _pool_fwd(static, params, patches, aux, segment_ids, positions):
         (params, patches, aux, segment_ids, positions),
         is_leaf=lambda t: hasattr(t, "perturbed"),
     )
-    keep = _fits(static, params, patches)
-    stats, stems = _forward(static, keep, params, patches, aux, segment_ids, positions)
+    keep = _kept(static, params, patches, aux)
+    stats, products = _forward(static, keep, params, patches, aux, segment_ids, positions)
     pooled, lse = _finish(stats)
     flag = np.zeros(()) if wants_patches else None
-    return (pooled, lse), (params, patches, aux, segment_ids, positions, stems, pooled, lse, flag)
+    return (pooled, lse), (params, patches, aux, segment_ids, positions, products, pooled, lse, flag)
 
 
 def _pool_bwd(static, residuals, cotangents):
-    params, patches, aux, segment_ids, positions, stems, pooled, lse, flag = residuals
+    params, patches, aux, segment_ids, positions, products, pooled, lse, flag = residuals
     g_pooled, g_lse = (
         jnp.zeros(like.shape, like.dtype) if isinstance(g, jax.custom_derivatives.SymbolicZero) else g
         for g, like in zip(cotangents, (pooled, lse))
@@ -178,11 +182,11 @@ def _pool_bwd(static, residuals, cotangents):
         rows = P(DATA_AXIS)
         local = jax.shard_map(
             functools.partial(_backward_sharded, local),
-            in_specs=(P(), rows, P(), rows, rows, P(None, DATA_AXIS), P(), P(), P()),
+            in_specs=(P(), rows, P(), rows, rows, rows, P(), P(), P()),
             out_specs=(P(), rows if wants_patches else P()),
             check_vma=False,
         )
-    d_params, d_patches = local(params, patches, aux, segment_ids, positions, stems, lse, g_pooled, offset)
+    d_params, d_patches = local(params, patches, aux, segment_ids, positions, products, lse, g_pooled, offset)
     return (
         d_params,
         (d_patches if wants_patches else _no_cotangent(patches)),
@@ -236,47 +240,57 @@ def _one_hot(seg, num_slots):
     return seg[None, :] == jnp.arange(1, num_slots + 1, dtype=seg.dtype)[:, None]  # [S, n]
 
 
-def _fits(static: _Static, params, patches) -> bool:
-    """Whether the stems of the rows of one device are kept for the backward pass; known when tracing."""
-    if not hasattr(static.features_fn, "stem"):
-        return False
-    rows, length, width = patches.shape
-    u = jax.eval_shape(static.features_fn.stem, params, jax.ShapeDtypeStruct((1, width), patches.dtype))
-    return rows // static.data_shards * length * u.shape[0] * u.dtype.itemsize <= SAVE_BYTES
+def _kept(static: _Static, params, patches, aux) -> int:
+    """How many products of the rows of one device are kept for the backward pass; known when tracing."""
+    if not hasattr(static.features_fn, "with_products"):
+        return 0
+    rows, length, _ = patches.shape
+    sizes = [
+        rows // static.data_shards * length * u.shape[0] * u.dtype.itemsize
+        for u in jax.eval_shape(static.features_fn.with_products, params, aux, *_probe(patches))[2]
+    ]
+    if sum(sizes) <= min(CACHE_BYTES, SAVE_BYTES):
+        return len(sizes)
+    return int(sizes[0] <= SAVE_BYTES)
 
 
-def _forward(static: _Static, keep: bool, params, patches, aux, segment_ids, positions) -> tuple[_Stats, Any]:
-    """Online softmax state and, if `keep`, the stems [H, R * L] (else an empty tuple)."""
+def _probe(patches) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """A chunk of one patch, for its shapes."""
+    index = jax.ShapeDtypeStruct((1,), jnp.int32)
+    return jax.ShapeDtypeStruct((1, patches.shape[-1]), patches.dtype), index, index
+
+
+def _forward(static: _Static, keep: int, params, patches, aux, segment_ids, positions) -> tuple[_Stats, Any]:
+    """Online softmax state and the first `keep` products [chunks, ., chunk]."""
     local = functools.partial(_forward_local, static, keep)
     if static.data_shards == 1:
         return local(params, patches, aux, segment_ids, positions)
 
     def sharded(*args):
-        (m, z, num), stems = local(*args)
+        (m, z, num), products = local(*args)
         top = lax.pmax(m, DATA_AXIS)
         r = jnp.exp(m - top)
-        return _Stats(top, lax.psum(z * r, DATA_AXIS), lax.psum(num * r[..., None], DATA_AXIS)), stems
+        return _Stats(top, lax.psum(z * r, DATA_AXIS), lax.psum(num * r[..., None], DATA_AXIS)), products
 
     rows = P(DATA_AXIS)
-    return jax.shard_map(
-        sharded, in_specs=(P(), rows, P(), rows, rows), out_specs=(P(), P(None, DATA_AXIS)), check_vma=False
-    )(params, patches, aux, segment_ids, positions)
+    return jax.shard_map(sharded, in_specs=(P(), rows, P(), rows, rows), out_specs=(P(), rows), check_vma=False)(
+        params, patches, aux, segment_ids, positions
+    )
 
 
-def _forward_local(static: _Static, keep: bool, params, patches, aux, segment_ids, positions) -> tuple[_Stats, Any]:
+def _forward_local(static: _Static, keep: int, params, patches, aux, segment_ids, positions) -> tuple[_Stats, Any]:
     flat = _flatten(patches, segment_ids, positions)
-    probe = tuple(jax.ShapeDtypeStruct((1, *t.shape[1:]), t.dtype) for t in flat)
-    h, s = jax.eval_shape(static.features_fn, params, aux, *probe)
+    h, s = jax.eval_shape(static.features_fn, params, aux, *_probe(patches))
     acc = jnp.promote_types(h.dtype, jnp.float32)
     slots, queries = static.num_slots, s.shape[0]
 
     def body(carry, start, part):
-        stats, stems = carry
+        stats, kept = carry
         x, seg, pos = part
         if keep:
-            u = static.features_fn.stem(params, _masked(x, seg))
-            stems = lax.dynamic_update_slice_in_dim(stems, u, start, axis=1)
-            h, s = static.features_fn.rest(params, aux, u, seg, pos)
+            h, s, products = static.features_fn.with_products(params, aux, _masked(x, seg), seg, pos)
+            at = (start // static.chunk, 0, 0)
+            kept = jax.tree.map(lambda t, u: lax.dynamic_update_slice(t, u[None], at), kept, products[:keep])
         else:
             h, s = static.features_fn(params, aux, _masked(x, seg), seg, pos)
         one_hot = _one_hot(seg, slots)[:, None, :]
@@ -286,18 +300,20 @@ def _forward_local(static: _Static, keep: bool, params, patches, aux, segment_id
         # `where` inside exp: outside, an empty slot would give exp(0) or overflow.
         e = jnp.exp(jnp.where(one_hot, s - m[..., None], NEG))
         num = jnp.einsum("sqn,hn->sqh", e.astype(h.dtype), h, preferred_element_type=acc)
-        return _Stats(m, stats.z * r + e.sum(-1), stats.num * r[..., None] + num), stems
+        return _Stats(m, stats.z * r + e.sum(-1), stats.num * r[..., None] + num), kept
 
     zero = _Stats(
         jnp.full((slots, queries), NEG, acc),
         jnp.zeros((slots, queries), acc),
         jnp.zeros((slots, queries, h.shape[0]), acc),
     )
-    stems = ()
+    kept = ()
     if keep:
-        u = jax.eval_shape(static.features_fn.stem, params, probe[0])
-        stems = jnp.zeros((u.shape[0], flat[1].shape[0]), u.dtype)
-    return _for_chunks(flat, static.chunk, body, (zero, stems))
+        shapes = jax.eval_shape(static.features_fn.with_products, params, aux, *_probe(patches))[2][:keep]
+        # Chunk by chunk: columns of one wide array would lie a page apart and cost more to write than to compute.
+        chunks = -(-flat[1].shape[0] // static.chunk)
+        kept = jax.tree.map(lambda u: jnp.zeros((chunks, u.shape[0], static.chunk), u.dtype), shapes)
+    return _for_chunks(flat, static.chunk, body, (zero, kept))
 
 
 def _finish(stats: _Stats) -> tuple[jax.Array, jax.Array]:
@@ -311,13 +327,15 @@ def _backward_sharded(local, *args):
     return jax.tree.map(lambda g: lax.psum(g, DATA_AXIS), d_params), d_patches
 
 
-def _backward_local(static, wants_patches, params, patches, aux, segment_ids, positions, stems, lse, g_pooled, offset):
+def _backward_local(
+    static, wants_patches, params, patches, aux, segment_ids, positions, products, lse, g_pooled, offset
+):
     flat = _flatten(patches, segment_ids, positions)
 
     def body(carry, start, part):
         d_params, d_flat = carry
         x, seg, pos = part
-        (h, s), pull = _features_vjp(static, wants_patches, params, aux, stems, start, (_masked(x, seg), seg, pos))
+        (h, s), pull = _features_vjp(static, wants_patches, params, aux, products, start, (_masked(x, seg), seg, pos))
         one_hot = _one_hot(seg, static.num_slots)[:, None, :]
         a = jnp.exp(jnp.where(one_hot, s.astype(lse.dtype)[None] - lse[..., None], NEG))
         g = g_pooled.astype(h.dtype)
@@ -337,21 +355,19 @@ def _backward_local(static, wants_patches, params, patches, aux, segment_ids, po
     return d_params, (d_flat.reshape(patches.shape) if wants_patches else ())
 
 
-def _features_vjp(static, wants_patches, params, aux, stems, start, part):
+def _features_vjp(static, wants_patches, params, aux, products, start, part):
     """Values and scores of a chunk, and (cotangents) -> (cotangent of params, cotangent of x or None)."""
     x, seg, pos = part
-    kept = not isinstance(stems, tuple)
-    fn = static.features_fn.stem if kept else lambda params, x: static.features_fn(params, aux, x, seg, pos)
-    # The stem is affine in its parameters: its value is not used here, so its product is not computed again.
-    out, pull_fn = jax.vjp(fn, params, x) if wants_patches else jax.vjp(lambda params: fn(params, x), params)
-    if not kept:
-        return out, lambda g: (*pull_fn(g), None)[:2]
-    u = lax.dynamic_slice_in_dim(stems, start, seg.shape[0], axis=1)
-    out, pull_rest = jax.vjp(lambda params, u: static.features_fn.rest(params, aux, u, seg, pos), params, u)
+    if not products:
+        fn = static.features_fn
+    else:
+        at = (start // static.chunk, 0, 0)
+        known = jax.tree.map(lambda u: lax.dynamic_slice(u, at, (1, u.shape[1], seg.shape[0]))[0], products)
 
-    def pull(g):
-        d_rest, d_u = pull_rest(g)
-        d_stem, d_x = (*pull_fn(d_u), None)[:2]
-        return jax.tree.map(jnp.add, d_rest, d_stem), d_x
+        def fn(*args):
+            return static.features_fn.with_products(*args, known=known)[:2]
 
-    return out, pull
+    if wants_patches:
+        return jax.vjp(lambda params, x: fn(params, aux, x, seg, pos), params, x)
+    out, pull = jax.vjp(lambda params: fn(params, aux, x, seg, pos), params)
+    return out, lambda g: (*pull(g), None)

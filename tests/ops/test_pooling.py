@@ -207,29 +207,37 @@ def test_vmap_over_replicas_equals_a_loop():
         jax.tree.map(lambda a, b, k=k: np.testing.assert_allclose(a[k], b, rtol=2e-4, atol=1e-5), many, one)
 
 
-class Split:
-    """The same features, cut after the projection."""
+@jax.custom_vjp
+def known_product(w, x, y):
+    return y
 
-    def stem(self, params, x):
-        return params["f"].astype(x.dtype) @ x.T + params["b"].astype(x.dtype)[:, None]
 
-    def rest(self, params, aux, u, seg, pos):
-        h = jnp.maximum(u, 0)
-        gate = jnp.tanh(params["v"] @ h) * jax.nn.sigmoid(params["u"] @ h)
-        return h, params["w"] @ gate
+known_product.defvjp(lambda w, x, y: (y, (w, x)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g, None))
+
+
+class WithProducts:
+    """The same features, which can take their products from outside."""
+
+    def with_products(self, params, aux, x, seg, pos, known=()):
+        f, v = params["f"].astype(x.dtype), params["v"]
+        product = known_product(f, x.T, known[0]) if known else f @ x.T
+        h = jnp.maximum(product + params["b"].astype(x.dtype)[:, None], 0)
+        gate = known_product(v, h, known[1]) if len(known) > 1 else v @ h
+        return h, params["w"] @ (jnp.tanh(gate) * jax.nn.sigmoid(params["u"] @ h)), (product, gate)
 
     def __call__(self, params, aux, x, seg, pos):
-        return self.rest(params, aux, self.stem(params, x), seg, pos)
+        return self.with_products(params, aux, x, seg, pos)[:2]
 
 
 @pytest.mark.parametrize("devices", [1, 4])
-@pytest.mark.parametrize("limit", [0, pooling.SAVE_BYTES])
-def test_kept_stems_equal_recomputed_ones(monkeypatch, devices, limit):
-    monkeypatch.setattr(pooling, "SAVE_BYTES", limit)
+@pytest.mark.parametrize(("save", "cache"), [(0, 0), (2**30, 0), (2**30, 2**30)], ids=["none", "first", "all"])
+def test_kept_products_equal_recomputed_ones(monkeypatch, devices, save, cache):
+    monkeypatch.setattr(pooling, "SAVE_BYTES", save)
+    monkeypatch.setattr(pooling, "CACHE_BYTES", cache)
     params, x, seg, pos = f32(make([37, 1, 0, 60], 4, 30, 2))
     dirty = jnp.where((seg > 0)[..., None], x, jnp.nan)
     target = jax.random.normal(jax.random.key(1), (4, 2, H))
-    split = Split()
+    split = WithProducts()
 
     def value(fn, params, x):
         return jnp.sum(pooling.attention_pool(fn, params, (), x, seg, pos, num_slots=4, chunk=8)[0] * target)
@@ -244,14 +252,16 @@ def test_kept_stems_equal_recomputed_ones(monkeypatch, devices, limit):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), only_params, want[1][0])
 
 
-def test_stems_are_kept_only_while_they_fit(monkeypatch):
-    def temporaries(limit):
-        monkeypatch.setattr(pooling, "SAVE_BYTES", limit)
+def test_products_are_kept_only_while_they_fit(monkeypatch):
+    def temporaries(save, cache):
+        monkeypatch.setattr(pooling, "SAVE_BYTES", save)
+        monkeypatch.setattr(pooling, "CACHE_BYTES", cache)
         params, x, seg, pos = f32(make([3000], 1, 4096))
         grad = jax.grad(
-            lambda p: jnp.sum(pooling.attention_pool(Split(), p, (), x, seg, pos, num_slots=1, chunk=64)[0])
+            lambda p: jnp.sum(pooling.attention_pool(WithProducts(), p, (), x, seg, pos, num_slots=1, chunk=64)[0])
         )
         return jax.jit(grad).lower(params).compile().memory_analysis().temp_size_in_bytes
 
-    kept = H * 4096 * 4
-    assert temporaries(kept) - temporaries(kept - 1) > kept // 2
+    first, both = H * 4096 * 4, (H + A) * 4096 * 4
+    assert temporaries(first, 0) - temporaries(first - 1, 0) > first // 2
+    assert temporaries(both, both) - temporaries(both, both - 1) > (both - first) // 2
