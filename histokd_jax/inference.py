@@ -23,6 +23,7 @@ from data_pipelines.reader import BagReader
 from histokd_jax.evals.predictions import Predictions, concatenate
 from histokd_jax.train import evaluate, model_dir, sharding
 from histokd_jax.train.experiment import CNV, check_width, read_copy_number
+from histokd_jax.train.feed import StreamFeeder
 from histokd_jax.train.model_dir import Model
 
 
@@ -116,7 +117,7 @@ def predict(folders: Sequence[pathlib.Path], data: pathlib.Path, mode: str, **ta
     Returns:
       One row per slide and model.
     """
-    mesh = sharding.make_mesh(1)
+    feeder = StreamFeeder(sharding.make_mesh(1), threads=2)
     parts = []
     for folder in folders:
         model = model_dir.load(folder, mode)
@@ -133,7 +134,7 @@ def predict(folders: Sequence[pathlib.Path], data: pathlib.Path, mode: str, **ta
             return tqdm(batches, desc=f"{mode}, {name}", unit="step", disable=None)
 
         source = _source(reader, cohort, genes, model)
-        probs = evaluate.predict_source(step, source, mesh, threads=2, progress=bar)
+        probs = evaluate.predict_source(step, source, feeder, progress=bar)
         parts.append(evaluate.as_table(probs, source.table.slide_index, cohort, model.facts["fold"]))
     return concatenate(parts)
 

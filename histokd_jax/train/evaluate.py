@@ -7,29 +7,26 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from data_pipelines import schema
 from data_pipelines.cohort import Cohort
-from data_pipelines.pipeline import StepSource, make_eval_dataset
+from data_pipelines.pipeline import StepSource
 from histokd_jax.evals import classification
 from histokd_jax.evals.predictions import Predictions, concatenate, make_predictions
-from histokd_jax.train import sharding
+from histokd_jax.train.feed import Feeder
 
 PredictFn = Callable[[Mapping[str, jax.Array], int], Mapping[str, Mapping[str, jax.Array]]]
 """(batch, index of the step) -> {mode: {"prob": [S, C]}}."""
 
 
 def predict_source(
-    predict: PredictFn, source: StepSource, mesh: Mesh, *, threads: int, progress: Callable[[Iterable], Iterable] = iter
+    predict: PredictFn, source: StepSource, feeder: Feeder, *, progress: Callable[[Iterable], Iterable] = iter
 ) -> dict[str, np.ndarray]:
     """Class probabilities of every slide of an evaluation plan.
 
     Args:
       predict: see `PredictFn`.
       source: planned by `plan_evaluation`.
-      mesh: the mesh of the run.
-      threads: reader threads.
+      feeder: gives its steps.
       progress: wraps the iteration, e.g. in a progress bar.
 
     Returns:
@@ -38,12 +35,10 @@ def predict_source(
     index = source.table.slide_index
     place = {int(slide): row for row, slide in enumerate(index)}
     out: dict[str, np.ndarray] = {}
-    for number, batch in enumerate(progress(make_eval_dataset(source, num_threads=threads))):
-        found = jax.device_get(
-            {mode: value["prob"] for mode, value in predict(sharding.put_batch(mesh, batch), number).items()}
-        )
-        slots = np.flatnonzero(batch[schema.SLIDE_INDEX] >= 0)
-        rows = [place[int(batch[schema.SLIDE_INDEX][slot])] for slot in slots]
+    for number, fed in enumerate(progress(feeder.evaluate(source))):
+        found = jax.device_get({mode: value["prob"] for mode, value in predict(fed.batch, number).items()})
+        slots = np.flatnonzero(fed.slide_index >= 0)
+        rows = [place[int(fed.slide_index[slot])] for slot in slots]
         for mode, prob in found.items():
             out.setdefault(mode, np.full((len(index), prob.shape[1]), np.nan))[rows] = prob[slots]
     return out

@@ -27,6 +27,7 @@ from histokd_jax.evals.predictions import Predictions
 from histokd_jax.train import evaluate, optim, sharding
 from histokd_jax.train.checkpoint import RunCheckpoints
 from histokd_jax.train.experiment import FoldData
+from histokd_jax.train.feed import Feeder
 from histokd_jax.train.programs import Programs
 from histokd_jax.train.signals import Interrupted, StopRequest
 from histokd_jax.train.state import TrainState, init_params
@@ -74,6 +75,7 @@ class Job:
     Attributes:
       cfg: resolved configuration.
       programs: compiled steps, shared between folds.
+      feeder: gives the batches, shared between folds.
       cohort: samples, for joining predictions.
       data: planned batches.
       fold: number of the fold.
@@ -84,6 +86,7 @@ class Job:
 
     cfg: ConfigDict
     programs: Programs
+    feeder: Feeder
     cohort: Cohort
     data: FoldData
     fold: int
@@ -168,7 +171,7 @@ class _StageRunner:
 
     def run(self, state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
         cfg = self.job.cfg
-        batches = StepIterator(self.job.data.train, start_step=progress.step, num_threads=cfg.data.threads)
+        batches = self.job.feeder.train(self.job.data.train, progress.step)
         total = cfg.train.max_epochs * self.plan.steps_per_epoch
         # disable=None: no bar when the output is not a terminal.
         with tqdm(
@@ -193,13 +196,12 @@ class _StageRunner:
         began, waited, patches, loss = time.perf_counter(), 0.0, 0, None
         while progress.step < (progress.epoch + 1) * self.plan.steps_per_epoch:
             asked = time.perf_counter()
-            host = next(batches)
+            fed = next(batches)
             waited += time.perf_counter() - asked
-            batch = sharding.put_batch(programs.mesh, host)
             # At most one step in flight: dispatch would otherwise run ahead and hold every batch in memory.
             jax.block_until_ready(loss)
-            state, loss = programs.train(self.stage, state, batch, lr)
-            patches += int(np.count_nonzero(host[schema.SEGMENT_IDS]))
+            state, loss = programs.train(self.stage, state, fed.batch, lr)
+            patches += fed.patches
             progress = dataclasses.replace(progress, step=progress.step + 1)
             bar.update()
             if self.stop.requested:
@@ -279,7 +281,7 @@ def predict_part(job: Job, source, params: Any, extra: Any, key: jax.Array | Non
         step_key = None if key is None else jax.random.fold_in(key, number)
         return job.programs.predict(job.modes, params, extra, batch, step_key)
 
-    found = evaluate.predict_source(predict, source, job.programs.mesh, threads=job.cfg.data.threads)
+    found = evaluate.predict_source(predict, source, job.feeder)
     # A jitted function returns dictionaries in the order of their keys; tables start with the deployed mode.
     return {mode: found[mode] for mode in job.modes}
 

@@ -30,6 +30,7 @@ from histokd_jax.methods import registry
 from histokd_jax.train import loop, model_dir, provenance, sharding
 from histokd_jax.train.checkpoint import CheckpointMismatchError
 from histokd_jax.train.experiment import Experiment, FoldData, fold_data, load_experiment, resolve_width, share_shapes
+from histokd_jax.train.feed import StreamFeeder
 from histokd_jax.train.programs import Programs
 from histokd_jax.train.signals import StopRequest
 from histokd_jax.utils import config as config_utils
@@ -104,20 +105,22 @@ def _arm(
     facts = provenance.run_manifest(experiment, folds, command)
     _write_json(directory / "run_manifest.json", facts)
     programs = Programs(method, cfg, sharding.make_mesh(cfg.mesh.data))
+    feeder = StreamFeeder(programs.mesh, cfg.data.threads)
     tables: dict[str, list[Predictions]] = {}
     for k, data in folds.items():
         job = loop.Job(
             cfg=cfg,
             programs=programs,
+            feeder=feeder,
             cohort=experiment.cohort,
             data=data,
             fold=k,
             directory=directory / f"fold_{k}",
-            identity=_identity(cfg, data),
+            identity=identity(cfg, data),
             title=f"{cfg.task} {title}, fold {k}",
         )
-        if not _is_finished(job):
-            _train_fold(job, experiment, stop)
+        if not is_finished(job):
+            finish_fold(job, experiment, loop.fit(job, stop))
         # Always read back, so that a run finished in several sittings reports the same digits.
         for part in data.evaluation:
             tables.setdefault(part, []).append(read_predictions(job.directory / f"predictions_{part}.csv"))
@@ -167,7 +170,8 @@ def _claim(directory: pathlib.Path, cfg: ConfigDict) -> None:
         stream.write(text)
 
 
-def _identity(cfg: ConfigDict, data: FoldData) -> dict[str, str]:
+def identity(cfg: ConfigDict, data: FoldData) -> dict[str, str]:
+    """What must be equal to continue a fold: method, configuration and input."""
     return {
         "method": cfg.method,
         "config": config_utils.fingerprint(cfg),
@@ -175,8 +179,8 @@ def _identity(cfg: ConfigDict, data: FoldData) -> dict[str, str]:
     }
 
 
-def _train_fold(job: loop.Job, experiment: Experiment, stop: StopRequest) -> None:
-    result = loop.fit(job, stop)
+def finish_fold(job: loop.Job, experiment: Experiment, result: loop.Fit) -> None:
+    """Exports the model of a trained fold, writes its predictions and, last, fold.json, which marks it finished."""
     model_dir.export(job.directory / "model", result.params, experiment, job.data, job.fold)
     for part in job.data.evaluation:
         write_predictions(job.directory / f"predictions_{part}.csv", loop.predictions(job, part, result))
@@ -193,7 +197,7 @@ def _train_fold(job: loop.Job, experiment: Experiment, stop: StopRequest) -> Non
     logging.info("fold %d finished: best epoch %d", job.fold, result.progress.stopper.best_epoch)
 
 
-def _is_finished(job: loop.Job) -> bool:
+def is_finished(job: loop.Job) -> bool:
     """Whether the fold was completed earlier; refuses one that was completed with other inputs."""
     path = job.directory / "fold.json"
     if not path.exists():

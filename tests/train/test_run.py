@@ -185,8 +185,8 @@ def test_resume_with_another_packing_plan_is_refused(tiny_config, tmp_path, monk
 def test_checkpoint_of_another_method_is_refused(tiny_config, tmp_path, monkeypatch):
     cfg = tiny_config()
     interrupt(cfg, tmp_path, monkeypatch)
-    original = run._identity
-    monkeypatch.setattr(run, "_identity", lambda cfg, data: {**original(cfg, data), "method": "abmil"})
+    original = run.identity
+    monkeypatch.setattr(run, "identity", lambda cfg, data: {**original(cfg, data), "method": "abmil"})
     with pytest.raises(CheckpointMismatchError, match="method"):
         run.train(cfg, tmp_path)
 
