@@ -1,6 +1,7 @@
 """Reading speed: the whole input pipeline against raw record reading of the same shards, alternating.
 
-`pipeline` iterates packed batches of a size-balanced plan; `raw` reads every record of the shards in random order with
+`pipeline` iterates packed batches of a size-balanced plan, as a long training run does (start-up and first touch of the
+buffers lie before the clock); `raw` reads every record of the shards in random order with
 the same number of threads and drops the bytes; `tfds` reads them through `as_data_source`. A sweep repeats pipeline
 and raw for several record sizes, with and without the malloc settings, one fresh process per cell. Files are in the
 page cache, so this measures the software, not the disk. Target: pipeline >= 0.7 of raw.
@@ -10,6 +11,7 @@ page cache, so this measures the software, not the disk. Target: pipeline >= 0.7
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pathlib
@@ -38,32 +40,53 @@ SMOKE = {
 }  # fmt: skip
 
 
-def pipeline_rate(directory: pathlib.Path, config: dict[str, Any]) -> Callable[[], float]:
-    """A function that reads some epochs through Grain and returns MB/s of valid patches, start-up included."""
+def pipeline_rate(directory: pathlib.Path, config: dict[str, Any], rounds: int) -> Callable[[], float]:
+    """A function that reads the next epochs of one long Grain iterator and returns MB/s of valid patches.
+
+    The steps that were prefetched since the last round are taken before the clock starts.
+    """
     from data_pipelines.packing import PlanOptions, plan_coupled
-    from data_pipelines.pipeline import SlideTable, StepSource, make_train_dataset
+    from data_pipelines.pipeline import (
+        BUFFER_BYTES,
+        MAX_BUFFERED_STEPS,
+        SlideTable,
+        StepSource,
+        make_train_dataset,
+        read_options,
+    )
     from data_pipelines.reader import BagReader
 
     reader = BagReader(directory)
     sizes = reader.manifest.sizes
+    per_epoch = len(sizes) // config["slides_per_step"]
+    steps, spare = config["epochs"] * per_epoch, -(-MAX_BUFFERED_STEPS // per_epoch)
     options = PlanOptions(
-        config["epochs"], SEED, sampler="uniform", multiple_of=128, chunk_patches=reader.manifest.chunk_patches
+        rounds * (config["epochs"] + spare),
+        SEED,
+        "uniform",
+        multiple_of=128,
+        chunk_patches=reader.manifest.chunk_patches,
     )
     plan = plan_coupled(sizes, None, options, slides_per_step=config["slides_per_step"])
     source = StepSource(reader, SlideTable(np.arange(len(sizes))), plan)
     row_bytes = reader.manifest.feat_dim * np.dtype(reader.manifest.dtype).itemsize
+    batches = iter(make_train_dataset(source, num_threads=config["threads"]))
+    buffered = read_options(source.step_bytes(plan.rows), config["threads"], BUFFER_BYTES).prefetch_buffer_size
 
     def run() -> float:
+        for _ in range(buffered):
+            next(batches)
         began, patches = time.perf_counter(), 0
-        for batch in make_train_dataset(source, num_threads=config["threads"]):
+        for batch in itertools.islice(batches, steps):
             patches += int((batch["segment_ids"] > 0).sum())
         return patches * row_bytes / (time.perf_counter() - began) / 1e6
 
     return run
 
 
-def raw_rate(directory: pathlib.Path, config: dict[str, Any]) -> Callable[[], float]:
+def raw_rate(directory: pathlib.Path, config: dict[str, Any], rounds: int) -> Callable[[], float]:
     """A function that reads all records one by one in random order, once per epoch; MB/s of record bytes."""
+    del rounds
     from array_record.python.array_record_module import ArrayRecordReader
 
     from data_pipelines.manifest import Manifest
@@ -85,8 +108,9 @@ def raw_rate(directory: pathlib.Path, config: dict[str, Any]) -> Callable[[], fl
     return run
 
 
-def tfds_rate(directory: pathlib.Path, config: dict[str, Any]) -> Callable[[], float]:
+def tfds_rate(directory: pathlib.Path, config: dict[str, Any], rounds: int) -> Callable[[], float]:
     """A function that decodes all records through TFDS `as_data_source` once; MB/s of patches."""
+    del rounds
     import tensorflow_datasets as tfds
 
     source = tfds.builder_from_directory(str(directory)).as_data_source("train")
@@ -115,10 +139,10 @@ def _patch_bytes(example: dict[str, Any]) -> int:
 
 
 def measure(directory: pathlib.Path, config: dict[str, Any], names: tuple[str, ...], repeats: int) -> dict[str, Any]:
-    """Alternating rates in MB/s of the named sides, after one unmeasured round that warms caches and buffers."""
+    """Alternating rates in MB/s of the named sides, after two unmeasured rounds that warm caches and buffers."""
     makers = {"pipeline": pipeline_rate, "raw": raw_rate, "tfds": tfds_rate}
-    sides = {name: makers[name](directory, config) for name in names}
-    common.alternate(sides, 1)
+    sides = {name: makers[name](directory, config, repeats + 2) for name in names}
+    common.alternate(sides, 2)
     return common.alternate(sides, repeats)
 
 

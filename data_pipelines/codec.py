@@ -199,6 +199,34 @@ def _layout_of(record: bytes, row_bytes: int) -> Layout:
     return frame
 
 
+@functools.lru_cache(maxsize=4096)
+def _chunk_bytes(chunk: int) -> bytes:
+    return _varint(chunk, _INT_WIDTH)
+
+
+def decode_known(
+    record: bytes, n: int, feat_dim: int, stored: np.dtype, slide_key: bytes, chunk: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The arrays of a record that was decoded before, several times faster than `decode`.
+
+    Args:
+      record: bytes written by `encode`.
+      n: patches it must hold.
+      feat_dim: embedding width D.
+      stored: little-endian dtype of the patches.
+      slide_key: UTF-8 key of the slide it must belong to.
+      chunk: the number it must have.
+
+    Returns:
+      patches [n, D] and coords [n, 2] as views of `record`; None if length, slide or number differ.
+    """
+    frame = layout(n, feat_dim * stored.itemsize, len(slide_key))
+    if len(record) != frame.size or record[frame.slide_id] != slide_key or record[frame.chunk] != _chunk_bytes(chunk):
+        return None
+    patches = np.frombuffer(record, stored, n * feat_dim, PATCHES_OFFSET).reshape(n, feat_dim)
+    return patches, np.frombuffer(record, "<i4", n * 2, frame.coords.start).reshape(n, 2)
+
+
 def decode(record: bytes, feat_dim: int, dtype: str, *, verify: bool = True) -> ChunkRecord:
     """Slices the arrays out of a record without copying them.
 

@@ -12,14 +12,15 @@ from array_record.python.array_record_module import ArrayRecordReader
 from data_pipelines import codec
 from data_pipelines.errors import DataError, ShardReadError
 from data_pipelines.manifest import Manifest, Slide, open_shard
+from data_pipelines.schema import FEATURE_DTYPES
 
 
 class BagReader:
     """Reads patches of any bag of a dataset. Thread-safe; pickles as its manifest and opens shards lazily.
 
     Every record is checked against the manifest (slide, chunk number, patch count) on every read. ArrayRecord checks
-    its own block hash; with `verify` the CRC-32 of the content is checked as well, on the first read of a record by
-    this reader only, so that later epochs do not pay for it.
+    its own block hash; the framing and, with `verify`, the CRC-32 of the content are checked as well, on the first read
+    of a record by this reader only, so that later epochs do not pay for it.
 
     Args:
       dataset: directory or manifest.
@@ -43,7 +44,9 @@ class BagReader:
         self._lock = threading.Lock()
         self._readers: dict[int, ArrayRecordReader] = {}
         # One flag per record, set after its first check. Threads may both check a record; neither can skip one.
-        self._checked = [np.full(shard.n_records, not self._verify) for shard in self.manifest.shards]
+        self._checked = [np.zeros(shard.n_records, bool) for shard in self.manifest.shards]
+        self._stored = np.dtype(FEATURE_DTYPES[self.manifest.dtype]).newbyteorder("<")
+        self._keys: dict[str, bytes] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"manifest": self.manifest, "_verify": self._verify}
@@ -77,11 +80,11 @@ class BagReader:
         at, done, distinct = start % size, 0, min(count, size)
         while done < distinct:
             chunk, skip = divmod(at, chunk_patches)
-            record = self._read_chunk(entry, chunk)
-            take = min(len(record.patches) - skip, distinct - done)
-            out[done : done + take] = record.patches[skip : skip + take]
+            patches, coords = self._read_chunk(entry, chunk)
+            take = min(len(patches) - skip, distinct - done)
+            out[done : done + take] = patches[skip : skip + take]
             if coords_out is not None:
-                coords_out[done : done + take] = record.coords[skip : skip + take]
+                coords_out[done : done + take] = coords[skip : skip + take]
             done, at = done + take, (at + take) % size
         for buffer in (out, coords_out):
             if buffer is not None:
@@ -129,19 +132,30 @@ class BagReader:
                 self._readers[index] = reader
         return reader
 
-    def _read_chunk(self, entry: Slide, chunk: int) -> codec.ChunkRecord:
+    def _read_chunk(self, entry: Slide, chunk: int) -> tuple[np.ndarray, np.ndarray]:
         manifest, index = self.manifest, entry.first_record + chunk
         checked = self._checked[entry.shard]
         try:
             (data,) = self._shard(entry.shard).read([index])
-            record = codec.decode(data, manifest.feat_dim, manifest.dtype, verify=not checked[index])
+            if checked[index]:
+                n, key = min(manifest.chunk_patches, entry.n_patches - chunk * manifest.chunk_patches), self._key(entry)
+                found = codec.decode_known(data, n, manifest.feat_dim, self._stored, key, chunk)
+                if found is not None:
+                    return found
+            record = codec.decode(data, manifest.feat_dim, manifest.dtype, verify=self._verify)
             _check_identity(record, entry, chunk, manifest.chunk_patches)
         except ShardReadError:
             raise
         except (RuntimeError, ValueError) as error:
             raise ShardReadError(manifest.directory, manifest.shards[entry.shard].file, index, str(error)) from error
         checked[index] = True
-        return record
+        return record.patches, record.coords
+
+    def _key(self, entry: Slide) -> bytes:
+        key = self._keys.get(entry.slide_id)
+        if key is None:
+            key = self._keys[entry.slide_id] = entry.slide_id.encode()
+        return key
 
 
 def _check_identity(record: codec.ChunkRecord, entry: Slide, chunk: int, chunk_patches: int) -> None:

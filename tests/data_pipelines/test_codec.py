@@ -120,3 +120,14 @@ def test_encode_refuses_what_it_cannot_represent():
     huge = np.lib.stride_tricks.as_strided(patches, (codec.MAX_BYTES, 1), (0, 0))
     with pytest.raises(ValueError, match="fewer patches per record"):
         codec.encode(huge, np.lib.stride_tricks.as_strided(coords, (codec.MAX_BYTES, 2), (0, 0)), "s", 0)
+
+
+def test_a_known_record_decodes_alike_and_another_one_is_not_taken_for_it():
+    patches, coords = _chunk(5, 7)
+    record = codec.encode(patches, coords, "Schnitt_ä", 300)
+    known = {"n": 5, "feat_dim": 7, "stored": np.dtype("<f2"), "slide_key": "Schnitt_ä".encode(), "chunk": 300}
+    found = codec.decode_known(record, **known)
+    np.testing.assert_array_equal(found[0], patches)
+    np.testing.assert_array_equal(found[1], coords)
+    for change in ({"n": 4}, {"slide_key": "Schnitt_ö".encode()}, {"slide_key": b"x"}, {"chunk": 301}):
+        assert codec.decode_known(record, **{**known, **change}) is None

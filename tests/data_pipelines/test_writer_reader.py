@@ -448,9 +448,20 @@ def test_checksum_is_verified_once_per_record(dataset, monkeypatch):
     decode = codec.decode
     monkeypatch.setattr(codec, "decode", lambda *a, verify: flags.append(verify) or decode(*a, verify=verify))
     reader = BagReader(dataset)
+    first = reader.read_bag(1)
+    again = reader.read_bag(1)
+    assert flags == [True] * 6
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_checked_record_that_changes_on_disk_is_refused(dataset):
+    reader = BagReader(dataset)
     reader.read_bag(1)
-    reader.read_bag(1)
-    assert flags == [True] * 6 + [False] * 6
+    name = _rewrite_shard(dataset, lambda r: [r[0], r[1], r[3], r[2], *r[4:]])
+    reader._readers.clear()
+    with pytest.raises(ShardReadError, match=f"{name}, record 2: .*manifest and shard disagree"):
+        reader.read_bag(1)
 
 
 @pytest.mark.parametrize("slide", [-1, len(SIZES)])
