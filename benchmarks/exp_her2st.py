@@ -32,11 +32,7 @@ TRAINING = (
     "genes.ranking=anova",
     "genes.top_k=512",
     "genes.token_size=128",
-    "train.lr=5e-4",
-    "train.max_epochs=30",
-    "train.lr_schedule=cosine_to_max_epochs",
-    "early_stop.patience=12",
-    "ckpt.every_epochs=100",
+    *ex.SHORT_TRAINING,
 )
 
 

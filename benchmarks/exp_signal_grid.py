@@ -29,11 +29,7 @@ TRAINING = (
     "data.row_multiple=512",
     "genes.top_k=512",
     "split.n_folds=3",
-    "train.lr=5e-4",
-    "train.max_epochs=30",
-    "train.lr_schedule=cosine_to_max_epochs",
-    "early_stop.patience=12",
-    "ckpt.every_epochs=100",
+    *ex.SHORT_TRAINING,
 )
 
 

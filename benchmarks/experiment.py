@@ -19,6 +19,14 @@ from histokd_jax.train.experiment import Experiment
 from histokd_jax.utils import config
 
 BOOTSTRAP = 2000
+# Cohorts of a few hundred small bags: a higher rate, annealed over the epochs that are run.
+SHORT_TRAINING = (
+    "train.lr=5e-4",
+    "train.max_epochs=30",
+    "train.lr_schedule=cosine_to_max_epochs",
+    "early_stop.patience=12",
+    "ckpt.every_epochs=100",
+)
 
 
 def parser(description: str | None, name: str, *, real_data: bool) -> argparse.ArgumentParser:

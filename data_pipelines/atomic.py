@@ -34,7 +34,8 @@ def storage_errors(target: pathlib.Path) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         number = getattr(error, "errno", None) or _errno_of(str(error))
         fix = "free some space" if number in _DISK_FULL else "check that the folder exists and is writable"
-        raise StorageError(number, f"writing {target} failed: {error}; {fix}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(number, f"writing {target} failed: {reason}; {fix}") from error
 
 
 def _errno_of(message: str) -> int:

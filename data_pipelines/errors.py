@@ -40,3 +40,7 @@ class ShardReadError(DataError):
 
 class StorageError(OSError):
     """Writing failed for want of space or permission, or another cause outside the data."""
+
+    def __str__(self) -> str:
+        # The number of the error stays in `errno`; in front of the message it only repeats what the message says.
+        return self.strerror or super().__str__()
