@@ -57,6 +57,9 @@ def base() -> ConfigDict:
             row_multiple=128,  # packed rows are rounded up to a multiple of this; a last, shorter chunk costs a compile
             threads=2,
             buffer_mib=256,
+            resident="off",  # cohort in device memory: off | auto (if it fits) | on (or fail)
+            resident_dtype="stored",  # stored: bit-equal to reading from disk | int8: half of fp16, with a small error
+            resident_gib=0.0,  # memory it may take on each device; 0: 80 % of what is free
             allow_patient_overlap=False,
         )
     )

@@ -17,7 +17,8 @@ from data_pipelines.assembler import BatchAssembler, SlideTable, StepSource
 from data_pipelines.plan import PackPlan, StepPlan
 
 __all__ = ["BUFFER_BYTES", "BatchAssembler", "PlanSource", "SlideTable", "StepIterator", "StepSource"]
-__all__ += ["check_fingerprint", "make_eval_dataset", "make_train_dataset", "read_options", "rows_of_process"]
+__all__ += ["check_evaluation", "check_fingerprint", "check_start", "make_eval_dataset", "make_train_dataset"]
+__all__ += ["read_options", "rows_of_process"]
 
 BUFFER_BYTES = 256 * 2**20
 MIN_BUFFERED_STEPS, MAX_BUFFERED_STEPS = 2, 64
@@ -65,8 +66,7 @@ def make_train_dataset(
     Raises:
       ValueError: if the start lies outside the plan or the rows cannot be divided among the processes.
     """
-    if not 0 <= start_step <= source.num_steps:
-        raise ValueError(f"start_step is {start_step}; the plan has steps 0 to {source.num_steps}: raise max_epochs")
+    check_start(source, start_step)
     rows = rows_of_process(source.plan.rows, process_index, process_count)
     options = read_options(source.step_bytes(rows.stop - rows.start), num_threads, buffer_bytes)
     steps = grain.MapDataset.source(PlanSource(source.plan))[start_step:]
@@ -96,9 +96,7 @@ def make_eval_dataset(
     Raises:
       ValueError: if the plan was made for training, which may skip or repeat slides.
     """
-    mode = source.plan.parameters.get("mode")
-    if mode != "evaluation":
-        raise ValueError(f"plan has mode {mode!r}; evaluation must read each slide once: use plan_evaluation")
+    check_evaluation(source)
     return make_train_dataset(
         source,
         num_threads=num_threads,
@@ -149,6 +147,27 @@ class StepIterator(Iterator[dict[str, np.ndarray]]):
         """
         check_fingerprint(state["fingerprint"], self._fingerprint)
         self._open(int(state["next_step"]))
+
+
+def check_start(source: StepSource, start_step: int) -> None:
+    """Refuses to start outside the plan.
+
+    Raises:
+      ValueError: unless 0 <= start_step <= number of steps.
+    """
+    if not 0 <= start_step <= source.num_steps:
+        raise ValueError(f"start_step is {start_step}; the plan has steps 0 to {source.num_steps}: raise max_epochs")
+
+
+def check_evaluation(source: StepSource) -> None:
+    """Refuses to evaluate on a plan that was made for training, which may skip or repeat slides.
+
+    Raises:
+      ValueError: unless the plan comes from `packing.plan_evaluation`.
+    """
+    mode = source.plan.parameters.get("mode")
+    if mode != "evaluation":
+        raise ValueError(f"plan has mode {mode!r}; evaluation must read each slide once: use plan_evaluation")
 
 
 def check_fingerprint(saved: str, current: str) -> None:

@@ -22,9 +22,8 @@ from tqdm import tqdm
 
 from data_pipelines import schema
 from data_pipelines.cohort import Cohort
-from data_pipelines.pipeline import StepIterator
 from histokd_jax.evals.predictions import Predictions
-from histokd_jax.train import evaluate, optim, sharding
+from histokd_jax.train import evaluate, optim
 from histokd_jax.train.checkpoint import RunCheckpoints
 from histokd_jax.train.experiment import FoldData
 from histokd_jax.train.feed import Feeder
@@ -127,8 +126,7 @@ def fit(job: Job, stop: StopRequest) -> Fit:
     """
     method = job.programs.method
     params, extra, rng = init_params(method, job.cfg.seed)
-    # The first batch of the plan, only for its shapes.
-    example = sharding.put_batch(job.programs.mesh, next(StepIterator(job.data.train, num_threads=0)))
+    example = job.feeder.shapes(job.data.train)
     with RunCheckpoints(job.directory / "checkpoints", job.identity, job.cfg.ckpt.keep) as checkpoints:
         saved = checkpoints.progress()
         progress = Progress.from_json(saved) if saved else Progress()
@@ -193,7 +191,7 @@ class _StageRunner:
         lr = optim.learning_rate(
             cfg.train.lr_schedule, cfg.train.lr, epoch=progress.epoch, max_epochs=cfg.train.max_epochs
         )
-        began, waited, patches, loss = time.perf_counter(), 0.0, 0, None
+        first, began, waited, patches, sent, loss = progress.step, time.perf_counter(), 0.0, 0, 0, None
         while progress.step < (progress.epoch + 1) * self.plan.steps_per_epoch:
             asked = time.perf_counter()
             fed = next(batches)
@@ -201,7 +199,7 @@ class _StageRunner:
             # At most one step in flight: dispatch would otherwise run ahead and hold every batch in memory.
             jax.block_until_ready(loss)
             state, loss = programs.train(self.stage, state, fed.batch, lr)
-            patches += fed.patches
+            patches, sent = patches + fed.patches, sent + fed.host_bytes
             progress = dataclasses.replace(progress, step=progress.step + 1)
             bar.update()
             if self.stop.requested:
@@ -216,6 +214,7 @@ class _StageRunner:
                 "time_epoch": seconds,
                 "time_data_wait": waited,
                 "patches_per_second": patches / seconds,
+                "host_bytes_per_step": sent / max(progress.step - first, 1),
             },
         )
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -56,7 +56,7 @@ class Programs:
         Returns:
           (new state, loss).
         """
-        rate = jax.device_put(jnp.float32(lr), sharding.replicated(self.mesh))
+        rate = jax.device_put(np.float32(lr), sharding.replicated(self.mesh))
         key = (stage.name, tuple((name, value.shape, value.dtype) for name, value in sorted(batch.items())))
         if key not in self._compiled:
             self._compiled[key] = self._compile(stage, train_state, batch, rate)

@@ -27,11 +27,11 @@ from histokd_jax.evals.predictions import (
     write_predictions,
 )
 from histokd_jax.methods import registry
-from histokd_jax.train import loop, model_dir, provenance, sharding
+from histokd_jax.train import feed, loop, model_dir, provenance, sharding
 from histokd_jax.train.checkpoint import CheckpointMismatchError
 from histokd_jax.train.experiment import Experiment, FoldData, fold_data, load_experiment, resolve_width, share_shapes
-from histokd_jax.train.feed import StreamFeeder
 from histokd_jax.train.programs import Programs
+from histokd_jax.train.resident import CohortCache
 from histokd_jax.train.signals import StopRequest
 from histokd_jax.utils import config as config_utils
 
@@ -57,12 +57,13 @@ def train(cfg: ConfigDict, workdir: pathlib.Path, command: Sequence[str] = ()) -
     numbers = fold_numbers(cfg.fold, len(experiment.folds))
     with storage_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
+    cohorts = CohortCache()
     with StopRequest() as stop:
-        result = _arm(experiment, numbers, workdir, command, stop, "student + distillation")
+        result = _arm(experiment, numbers, workdir, command, stop, "student + distillation", cohorts)
         control = control_config(cfg)
         if control is not None:
             other = Experiment(control, experiment.reader, experiment.cohort, experiment.gene_tables, experiment.folds)
-            _arm(other, numbers, workdir / "control", command, stop, "control (all weights 0)")
+            _arm(other, numbers, workdir / "control", command, stop, "control (all weights 0)", cohorts)
     return result
 
 
@@ -96,16 +97,18 @@ def _arm(
     command: Sequence[str],
     stop: StopRequest,
     title: str,
+    cohorts: CohortCache,
 ) -> dict[str, Any]:
     cfg = experiment.cfg
     method = registry.get_method(cfg.method)(cfg, experiment.data_spec(_fields(cfg)))
     _claim(directory, cfg)
     planned = share_shapes([fold_data(experiment, k, method) for k in numbers])
     folds = dict(zip(numbers, planned))
-    facts = provenance.run_manifest(experiment, folds, command)
-    _write_json(directory / "run_manifest.json", facts)
     programs = Programs(method, cfg, sharding.make_mesh(cfg.mesh.data))
-    feeder = StreamFeeder(programs.mesh, cfg.data.threads)
+    sources = [source for data in planned for source in (data.train, *data.evaluation.values())]
+    feeder = feed.make_feeder(cfg, programs.mesh, sources, cohorts)
+    facts = {**provenance.run_manifest(experiment, folds, command), "input": feeder.report()}
+    _write_json(directory / "run_manifest.json", facts)
     tables: dict[str, list[Predictions]] = {}
     for k, data in folds.items():
         job = loop.Job(
@@ -116,7 +119,7 @@ def _arm(
             data=data,
             fold=k,
             directory=directory / f"fold_{k}",
-            identity=identity(cfg, data),
+            identity={**identity(cfg, data), **feeder.identity},
             title=f"{cfg.task} {title}, fold {k}",
         )
         if not is_finished(job):
@@ -159,11 +162,13 @@ def _claim(directory: pathlib.Path, cfg: ConfigDict) -> None:
         old = config_utils.flatten(config_utils.from_json(path.read_text()))
         new = config_utils.flatten(config_utils.from_json(text))
         changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
-        raise CheckpointMismatchError(
-            f"{directory.name} holds a run with another configuration: "
-            + ", ".join(f"{k} ({old.get(k)!r} there, {new.get(k)!r} now)" for k in changed)
-            + "; use the old settings to continue it, or another --workdir"
-        )
+        # A run may be continued with its batches coming from elsewhere, as long as they are the same.
+        if not set(changed) <= set(config_utils.EXECUTION_KEYS):
+            raise CheckpointMismatchError(
+                f"{directory.name} holds a run with another configuration: "
+                + ", ".join(f"{k} ({old.get(k)!r} there, {new.get(k)!r} now)" for k in changed)
+                + "; use the old settings to continue it, or another --workdir"
+            )
     with storage_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
     with atomic_writer(path) as stream:

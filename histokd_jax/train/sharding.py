@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -57,3 +58,10 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
     return {
         name: jax.make_array_from_process_local_data(field_sharding(mesh, name), value) for name, value in batch.items()
     }
+
+
+def put_replicated(mesh: Mesh, values: Any) -> Any:
+    """A pytree of host arrays, equal on all processes -> the same on every device of the mesh."""
+    everywhere = replicated(mesh)
+    # `device_put` would compare the values of all processes, at the cost of a collective each time.
+    return jax.tree.map(lambda value: jax.make_array_from_process_local_data(everywhere, value), values)

@@ -18,6 +18,10 @@ from ml_collections import ConfigDict, FieldReference
 SHIPPED = (pathlib.Path(__file__).parents[1] / "configs", pathlib.Path(__file__).parents[2] / "configs")
 """Where the named configurations lie: package data of an installed wheel, or the source tree."""
 
+EXECUTION_KEYS = ("data.resident", "data.resident_dtype", "data.resident_gib")
+"""Settings of where batches come from. They do not count as the configuration of a run: what they may change of its
+numbers is part of the identity of its batches (`histokd_jax.train.feed.Feeder.identity`)."""
+
 _LITERALS = {"true": "True", "false": "False", "none": "None", "null": "None"}
 
 
@@ -127,8 +131,9 @@ def from_json(text: str) -> ConfigDict:
 
 
 def fingerprint(cfg: ConfigDict) -> str:
-    """sha256 of the resolved configuration."""
-    return hashlib.sha256(to_json(cfg).encode()).hexdigest()
+    """sha256 of the resolved configuration without `EXECUTION_KEYS`."""
+    flat = {key: value for key, value in flatten(cfg).items() if key not in EXECUTION_KEYS}
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
 
 def _find(name: str) -> pathlib.Path:
