@@ -54,6 +54,7 @@ def base() -> ConfigDict:
             grouping="size_balanced",
             rows=0,  # packed rows per step; 0: one per device of the data axis
             chunk=512,  # patches per chunk of the pooling kernel
+            pool="chunked",  # chunked: memory does not grow with the bag | segment: keeps all activations (small bags)
             row_multiple=128,  # packed rows are rounded up to a multiple of this; a last, shorter chunk costs a compile
             threads=2,
             buffer_mib=256,
@@ -83,7 +84,8 @@ def base() -> ConfigDict:
     cfg.ckpt = ConfigDict(dict(teachers="best_joint", every_epochs=5, keep=2))
     cfg.eval = ConfigDict(dict(teacher_dropout=False, slots=32))
     cfg.infer = ConfigDict(dict(mode="pathology", ensemble="none"))
-    cfg.mesh = ConfigDict(dict(data=1))
+    # data: devices that divide the rows of a step; sequence: devices that divide the patches of every row.
+    cfg.mesh = ConfigDict(dict(data=1, sequence=1))
     # control: train the same networks with every distillation weight at 0, for the paired comparison.
     cfg.compare = ConfigDict(dict(control=True))
     cfg.report = ConfigDict(dict(bootstrap=2000))

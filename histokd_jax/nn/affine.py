@@ -70,7 +70,10 @@ def affine(params: AffineParams, x: jax.Array, dtype: jnp.dtype | None = None) -
     """
     kernel, bias = params["kernel"], params["bias"]
     total = jnp.promote_types(kernel.dtype, jnp.float32)
-    y = jnp.matmul(operand(x, dtype), operand(kernel, dtype), preferred_element_type=total)
+    if dtype is None:
+        y = jnp.matmul(operand(x, None), operand(kernel, None), preferred_element_type=total)
+    else:
+        y = low_product(x.reshape(-1, x.shape[-1]), kernel, 1, 0, dtype).reshape(*x.shape[:-1], kernel.shape[1])
     return y + bias.reshape((1,) * (y.ndim - 1) + (-1,)).astype(total)
 
 
@@ -134,16 +137,56 @@ known_product.defvjp(_known_forward, _known_backward)
 def _contract(params: ColumnParams, x: jax.Array, axis: int, dtype: jnp.dtype | None) -> jax.Array:
     kernel, bias = params["kernel_t"], params["bias"]
     total = jnp.promote_types(kernel.dtype, jnp.float32)
-    dims = (((1,), (axis,)), ((), ()))
-    y = jax.lax.dot_general(
-        operand(kernel, dtype), _like(operand(x, dtype), kernel, dtype), dims, preferred_element_type=total
-    )
+    if dtype is None:
+        # dot_general does not promote: float32 input must follow float64 parameters.
+        x = operand(x, None).astype(jnp.promote_types(kernel.dtype, jnp.float32))
+        y = _dot(operand(kernel, None), x, 1, axis, total)
+    else:
+        y = low_product(kernel, x, 1, axis, dtype)
     return y + bias.astype(total)[:, None]
 
 
-def _like(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype | None) -> jax.Array:
-    # dot_general does not promote: float32 input must follow float64 parameters.
-    return x if dtype is not None else x.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+def _dot(a: jax.Array, b: jax.Array, i: int, j: int, total: jnp.dtype) -> jax.Array:
+    return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=total)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def low_product(a: jax.Array, b: jax.Array, i: int, j: int, dtype: jnp.dtype) -> jax.Array:
+    """Product of two matrices with operands in `dtype`, sums in at least float32, in both directions.
+
+    Automatic differentiation would multiply float32 cotangents with operands in `dtype`, which runs at the speed of
+    float32, and would round the gradients of float32 parameters to `dtype`.
+
+    Args:
+      a: [., .] float.
+      b: [., .] float.
+      i: the contracted axis of `a`.
+      j: the contracted axis of `b`.
+      dtype: compute dtype.
+
+    Returns:
+      [free axis of a, free axis of b], at least float32.
+    """
+    return _low_forward(a, b, i, j, dtype)[0]
+
+
+def _low_forward(a, b, i, j, dtype):
+    low = a.astype(dtype), b.astype(dtype)
+    # Arrays without elements carry the dtypes of the operands to the backward pass.
+    like = jnp.zeros((0,), a.dtype), jnp.zeros((0,), b.dtype)
+    return _dot(*low, i, j, jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)), (low, like)
+
+
+def _low_backward(i, j, dtype, residuals, g):
+    (a, b), like = residuals
+    low, total = g.astype(dtype), g.dtype
+    # The order of the operands is chosen so that the result needs no transposition.
+    d_a = _dot(low, b, 1, 1 - j, total) if i else _dot(b, low, 1 - j, 1, total)
+    d_b = _dot(low, a, 0, 1 - i, total) if j else _dot(a, low, 1 - i, 0, total)
+    return d_a.astype(like[0].dtype), d_b.astype(like[1].dtype)
+
+
+low_product.defvjp(_low_forward, _low_backward)
 
 
 class Affine(nn.Module):
@@ -154,18 +197,21 @@ class Affine(nn.Module):
       features: output width.
       initializer: one of `INITIALIZERS`.
       dtype: compute dtype of the operands; parameters and sums stay float32.
+      use_bias: False for a layer without the "bias" parameter; it is then read as zeros.
     """
 
     in_features: int
     features: int
     initializer: str = LECUN_NORMAL
     dtype: jnp.dtype | None = None
+    use_bias: bool = True
 
     def setup(self) -> None:
         """Declares the layers."""
         kernel_init, bias_init = initializers(self.initializer, self.in_features)
         self.kernel = self.param("kernel", kernel_init, (self.in_features, self.features))
-        self.bias = self.param("bias", bias_init, (self.features,))
+        zeros = jnp.zeros((self.features,), self.kernel.dtype)
+        self.bias = self.param("bias", bias_init, (self.features,)) if self.use_bias else zeros
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in_features] to [..., features], see `affine`."""

@@ -20,7 +20,7 @@ from histokd_jax.nn.affine import (
     operand,
 )
 from histokd_jax.ops.dropout import hash_dropout
-from histokd_jax.ops.pooling import attention_pool, attention_weights
+from histokd_jax.ops.pooling import CHUNKED, attention_pool, attention_weights
 
 AttentionParams = Mapping[str, ColumnParams]
 
@@ -32,6 +32,18 @@ class Bags(NamedTuple):
     segment_ids: jax.Array  # [R, L] int32
     positions: jax.Array  # [R, L] int32
     num_slots: int
+
+    def check_width(self, feat_dim: int) -> None:
+        """Refuses patches of another width than a network was built for.
+
+        Raises:
+          ValueError: naming both widths.
+        """
+        if self.patches.shape[-1] != feat_dim:
+            raise ValueError(
+                f"patches are {self.patches.shape[-1]} wide, but the network was built for data.feat_dim = "
+                f"{feat_dim}: use the patch encoder it was trained with, or set data.feat_dim"
+            )
 
 
 def gated_scores(params: AttentionParams, gate: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
@@ -161,6 +173,7 @@ class BagEncoder(nn.Module):
       features: the chunk function.
       initializer: see `Affine`.
       chunk: patches per chunk of the pool.
+      impl: implementation of the pool, see `attention_pool`.
     """
 
     feat_dim: int
@@ -169,6 +182,7 @@ class BagEncoder(nn.Module):
     features: PatchFeatures
     initializer: str = LECUN_NORMAL
     chunk: int = 512
+    impl: str = CHUNKED
 
     def setup(self) -> None:
         """Declares the layers."""
@@ -185,7 +199,9 @@ class BagEncoder(nn.Module):
         Returns:
           [S, H] float32 (float64 for float64 parameters); 0 for an empty slot.
         """
-        pooled, _ = attention_pool(*self._arguments(bags, seed), num_slots=bags.num_slots, chunk=self.chunk)
+        pooled, _ = attention_pool(
+            *self._arguments(bags, seed), num_slots=bags.num_slots, chunk=self.chunk, impl=self.impl
+        )
         return pooled[:, 0]
 
     def attention_map(self, bags: Bags) -> jax.Array:
@@ -193,11 +209,7 @@ class BagEncoder(nn.Module):
         return attention_weights(*self._arguments(bags, None), num_slots=bags.num_slots, chunk=self.chunk)[0]
 
     def _arguments(self, bags: Bags, seed: jax.Array | None) -> tuple:
-        if bags.patches.shape[-1] != self.feat_dim:
-            raise ValueError(
-                f"patches are {bags.patches.shape[-1]} wide, but the network was built for data.feat_dim = "
-                f"{self.feat_dim}: use the patch encoder it was trained with, or set data.feat_dim"
-            )
+        bags.check_width(self.feat_dim)
         params = {"proj": self.proj.columns(), "attention": self.attention.columns()}
         aux = () if seed is None else (seed,)
         return self.features, params, aux, bags.patches, bags.segment_ids, bags.positions

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import logging
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from data_pipelines.atomic import storage_errors
@@ -101,10 +102,13 @@ def _arm(
 ) -> dict[str, Any]:
     cfg = experiment.cfg
     method = registry.get_method(cfg.method)(cfg, experiment.data_spec(_fields(cfg)))
+    mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.sequence)
     _claim(directory, cfg)
     planned = share_shapes([fold_data(experiment, k, method) for k in numbers])
+    for data in planned:
+        _check_mesh(mesh, cfg, data)
     folds = dict(zip(numbers, planned))
-    programs = Programs(method, cfg, sharding.make_mesh(cfg.mesh.data))
+    programs = Programs(method, cfg, mesh)
     sources = [source for data in planned for source in (data.train, *data.evaluation.values())]
     feeder = feed.make_feeder(cfg, programs.mesh, sources, cohorts)
     facts = {**provenance.run_manifest(experiment, folds, command), "input": feeder.report()}
@@ -131,6 +135,17 @@ def _arm(
     for part, table in joined.items():
         write_predictions(directory / f"predictions_{part}.csv", table)
     return write_summary(directory, joined["test"], cfg, facts)
+
+
+def _check_mesh(mesh: Mesh, cfg: ConfigDict, data: FoldData) -> None:
+    """Refuses, before anything is compiled, a mesh that does not divide the steps."""
+    if cfg.train.batching == "grad_cache" and mesh.shape[sharding.DATA] > 1:
+        raise ValueError(
+            f"train.batching=grad_cache holds one row at a time, which mesh.data={mesh.shape[sharding.DATA]} devices "
+            "cannot divide: set mesh.data=1 (mesh.sequence may divide the row), or train.batching=packed"
+        )
+    for source in (data.train, *data.evaluation.values()):
+        sharding.check_divides(mesh, source.plan.rows, source.plan.row_patches)
 
 
 def write_summary(

@@ -11,24 +11,34 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from data_pipelines import schema
 
-DATA = "data"
+DATA, SEQUENCE = "data", "sequence"
 
 
-def make_mesh(data: int = 1) -> Mesh:
-    """A mesh with the axis "data", over which packed rows are divided.
+def make_mesh(data: int = 1, sequence: int = 1) -> Mesh:
+    """A mesh with the axes "data", over which packed rows are divided, and "sequence", which divides every row.
 
     Args:
-      data: number of devices on it; 0 takes all of them.
+      data: devices that divide the rows; 0 takes all that `sequence` leaves.
+      sequence: devices that divide the patches of a row; neighbours, so that one process holds whole rows.
 
     Raises:
-      ValueError: if there are fewer devices.
+      ValueError: if there are fewer devices, a size is not positive, or a row would span processes.
     """
     devices = jax.devices()
-    count = data or len(devices)
-    if count > len(devices):
-        raise ValueError(f"mesh.data={count}, but only {len(devices)} {devices[0].platform} devices are present")
+    if data < 0 or sequence < 1:
+        raise ValueError(f"mesh.data={data} and mesh.sequence={sequence}: expected data >= 0 and sequence >= 1")
+    count = data or max(len(devices) // sequence, 1)
+    if count * sequence > len(devices):
+        product = f"mesh.data={count}" + (f" x mesh.sequence={sequence}" if sequence > 1 else "")
+        raise ValueError(f"{product}, but only {len(devices)} {devices[0].platform} devices are present")
     # Auto, because the library default (Explicit) rejects Linen's constraints.
-    return Mesh(np.asarray(devices[:count]), (DATA,), axis_types=(AxisType.Auto,))
+    grid = np.asarray(devices[: count * sequence]).reshape(count, sequence)
+    if any(len({d.process_index for d in row}) > 1 for row in grid):
+        raise ValueError(
+            f"mesh.sequence={sequence} would divide rows between processes with {jax.local_device_count()} devices "
+            "each: choose a divisor of that number"
+        )
+    return Mesh(grid, (DATA, SEQUENCE), axis_types=(AxisType.Auto,) * 2)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -37,8 +47,31 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def field_sharding(mesh: Mesh, field: str) -> NamedSharding:
-    """Rows are divided over "data"; slot-level fields are on every device."""
-    return NamedSharding(mesh, PartitionSpec(DATA) if field in schema.ROW_FIELDS else PartitionSpec())
+    """Row fields [R, L, ...] are divided over "data" and "sequence"; slot-level fields are on every device."""
+    return NamedSharding(mesh, PartitionSpec(DATA, SEQUENCE) if field in schema.ROW_FIELDS else PartitionSpec())
+
+
+def check_divides(mesh: Mesh, rows: int, row_patches: int) -> None:
+    """Refuses steps that the mesh cannot divide.
+
+    Args:
+      mesh: the mesh of the run.
+      rows: R, rows of a step over all processes.
+      row_patches: L, patches per row.
+
+    Raises:
+      ValueError: naming the sizes and the settings to change.
+    """
+    data, sequence = mesh.shape[DATA], mesh.shape.get(SEQUENCE, 1)
+    if rows % data:
+        raise ValueError(
+            f"{rows} packed rows cannot be divided over mesh.data={data} devices: set data.rows to a multiple of {data}"
+        )
+    if row_patches % sequence:
+        raise ValueError(
+            f"rows of {row_patches} patches cannot be divided over mesh.sequence={sequence} devices: set "
+            f"data.row_multiple to a multiple of {sequence}"
+        )
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -49,12 +82,14 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
       batch: row fields hold this process's rows, slot fields are equal on all processes.
 
     Raises:
-      ValueError: if the rows cannot be divided over the devices of the mesh.
+      ValueError: if the rows cannot be divided over the devices of the mesh, or hold more slides than there are slots
+        or patches.
     """
     local = sum(d.process_index == jax.process_index() for d in mesh.devices.flat)
-    rows = batch[schema.SEGMENT_IDS].shape[0]
-    if rows % local:
-        raise ValueError(f"{rows} packed rows cannot be divided over {local} local devices: set data.rows accordingly")
+    ids = batch[schema.SEGMENT_IDS]
+    processes = mesh.devices.size // local
+    check_divides(mesh, ids.shape[0] * processes, ids.shape[1])
+    _check_slots(batch, ids, processes)
     return {
         name: jax.make_array_from_process_local_data(field_sharding(mesh, name), value) for name, value in batch.items()
     }
@@ -65,3 +100,18 @@ def put_replicated(mesh: Mesh, values: Any) -> Any:
     everywhere = replicated(mesh)
     # `device_put` would compare the values of all processes, at the cost of a collective each time.
     return jax.tree.map(lambda value: jax.make_array_from_process_local_data(everywhere, value), values)
+
+
+def _check_slots(batch: Mapping[str, np.ndarray], ids: np.ndarray, processes: int) -> None:
+    slots, largest = len(batch[schema.WEIGHT]), int(ids.max(initial=0))
+    if largest > slots:
+        raise ValueError(
+            f"segment ids of the step reach {largest}, but it has {slots} slots: the patches of the last slides would "
+            "be left out; plan with as many slots as slides"
+        )
+    slides = int(np.count_nonzero(batch[schema.WEIGHT]))
+    if slides > ids.size * processes:
+        raise ValueError(
+            f"a step of {slides} slides does not fit into {ids.shape[0] * processes} rows of {ids.shape[1]} patches: "
+            "every slide needs at least one; lower train.b or raise data.row_multiple"
+        )

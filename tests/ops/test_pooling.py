@@ -1,11 +1,14 @@
-"""The chunked pool against an independent float64 NumPy evaluation, and its invariances."""
+"""The pool, both implementations, against an independent float64 NumPy evaluation, and its invariances."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from histokd_jax.nn.gated_attention import PatchFeatures
 from histokd_jax.ops import pooling
+from histokd_jax.ops.pooling import chunked
+from histokd_jax.utils import hlo
 
 D, H, A = 6, 5, 4
 
@@ -57,20 +60,25 @@ def f32(tree):
     return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32) if a.dtype == np.float64 else jnp.asarray(a), tree)
 
 
-def pool(params, x, seg, pos, slots, chunk=8):
-    return pooling.attention_pool(features, params, (), x, seg, pos, num_slots=slots, chunk=chunk)
+def pool(params, x, seg, pos, slots, chunk=8, impl="chunked"):
+    return pooling.attention_pool(features, params, (), x, seg, pos, num_slots=slots, chunk=chunk, impl=impl)
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 8, 64])
+both = pytest.mark.parametrize("impl", pooling.IMPLS)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 8, 64, "segment"])
 @pytest.mark.parametrize("queries", [1, 3])
 def test_equals_bag_by_bag_reference(chunk, queries):
     params, x, seg, pos = make([7, 1, 0, 20], 2, 17, queries)
-    got, lse = pool(*f32((params, x, seg, pos)), 5, chunk)
+    how = {"impl": "segment"} if chunk == "segment" else {"chunk": chunk}
+    got, lse = pool(*f32((params, x, seg, pos)), 5, **how)
     np.testing.assert_allclose(got, reference(params, x, seg, 5), atol=2e-6)
     assert np.all(np.asarray(got)[[2, 4]] == 0) and np.all(np.asarray(lse)[[2, 4]] == pooling.NEG)
 
 
-def test_gradients_equal_the_unchunked_graph():
+@both
+def test_gradients_equal_the_plain_graph(impl):
     params, x, seg, pos = f32(make([7, 1, 0, 20], 2, 17, 2))
     target = jax.random.normal(jax.random.key(1), (5, 2, H))
     aim = jax.random.normal(jax.random.key(2), (5, 2))
@@ -86,22 +94,23 @@ def test_gradients_equal_the_unchunked_graph():
             jnp.where(jnp.isin(jnp.arange(5), jnp.array([0, 1, 3]))[:, None], jax.nn.logsumexp(logits, -1) * aim, 0)
         )
 
-    def chunked(params, x):
-        pooled, lse = pool(params, x, seg, pos, 5)
+    def ours(params, x):
+        pooled, lse = pool(params, x, seg, pos, 5, impl=impl)
         valid = jnp.isin(jnp.arange(5), jnp.array([0, 1, 3]))[:, None]
         return jnp.sum(pooled * target) + jnp.sum(jnp.where(valid, lse * aim, 0))
 
-    want, got = (jax.grad(fn, argnums=(0, 1))(params, x) for fn in (plain, chunked))
+    want, got = (jax.grad(fn, argnums=(0, 1))(params, x) for fn in (plain, ours))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), want, got)
 
 
-def test_check_F1_padding_of_any_content_is_unobservable():
+@both
+def test_check_F1_padding_of_any_content_is_unobservable(impl):
     params, x, seg, pos = make([7, 1, 20], 2, 17)
     dirty = np.where((seg > 0)[..., None], x, np.nan)
     dirty[1, -1] = 1e6
 
     def value(params, x):
-        return jnp.sum(pool(params, x, *f32((seg, pos)), 3)[0] ** 2)
+        return jnp.sum(pool(params, x, *f32((seg, pos)), 3, impl=impl)[0] ** 2)
 
     clean = jax.value_and_grad(value, argnums=(0, 1))(*f32((params, x)))
     noisy = jax.value_and_grad(value, argnums=(0, 1))(*f32((params, dirty)))
@@ -141,18 +150,25 @@ def test_attention_weights_sum_to_one_and_single_patch_weighs_one():
     assert np.all(np.asarray(w)[:, seg == 0] == 0)
 
 
-@pytest.mark.parametrize("devices", [2, 8])
-def test_sharded_rows_equal_one_device_and_never_gather_patches(devices):
+def auto_mesh(data, sequence=1, *more):
+    names = ("data", "sequence", *(name for name, _ in more))
+    shape = (data, sequence, *(size for _, size in more))
+    return jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))
+
+
+@both
+@pytest.mark.parametrize(("data", "sequence"), [(2, 1), (8, 1), (1, 8), (2, 4)])
+def test_sharded_patches_equal_one_device_and_are_never_gathered(impl, data, sequence):
     params, x, seg, pos = f32(make([37, 1, 0, 60], 8, 16, 2))
     target = jax.random.normal(jax.random.key(1), (4, 2, H))
 
     def value(params, x):
-        return jnp.sum(pool(params, x, seg, pos, 4, 4)[0] * target)
+        return jnp.sum(pool(params, x, seg, pos, 4, 4, impl)[0] * target)
 
     want = jax.value_and_grad(value, argnums=(0, 1))(params, x)
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = auto_mesh(data, sequence)
     with jax.set_mesh(mesh):
-        spec = jax.sharding.NamedSharding(mesh, jax.P("data"))
+        spec = jax.sharding.NamedSharding(mesh, jax.P("data", "sequence"))
         sharded = jax.device_put(x, spec)
         seg, pos = jax.device_put((seg, pos), spec)
         step = jax.jit(jax.value_and_grad(value, argnums=(0, 1)))
@@ -160,18 +176,94 @@ def test_sharded_rows_equal_one_device_and_never_gather_patches(devices):
         w = jax.jit(lambda p, x: pooling.attention_weights(features, p, (), x, seg, pos, num_slots=4, chunk=4))(
             params, sharded
         )
-        hlo = step.lower(params, sharded).compile().as_text()
+        sent = hlo.collective_bytes(step.lower(params, sharded).compile().as_text())
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got[1], want[1])
+    assert got[1][1].sharding.is_equivalent_to(spec, 3), "the gradient of the patches stays where they lie"
     np.testing.assert_allclose(np.asarray(w)[:, np.asarray(seg) == 4].sum(1), 1, atol=1e-6)
-    assert "all-gather" not in hlo
+    assert set(sent) == {"all-reduce"}
+    weights = sum(p.nbytes for p in params.values())
+    assert 0 < sent["all-reduce"] <= weights + 4 * (4 * 2 * (H + 2)) + 64, "parameters, and S x Q x (H + 2) sums"
+
+
+@both
+def test_other_axes_of_the_mesh_are_left_alone(impl):
+    """Replicas on an axis of their own: nothing travels between them."""
+    params, x, seg, pos = f32(make([37, 1, 0, 60], 4, 32))
+    stacked = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), params)
+    mesh = auto_mesh(2, 2, ("replica", 2))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(stacked, jax.sharding.NamedSharding(mesh, jax.P("replica")))
+        step = jax.jit(jax.vmap(jax.grad(lambda p: jnp.sum(pool(p, x, seg, pos, 4, 8, impl)[0] ** 2))))
+        many = step(placed)
+        sent = hlo.collective_bytes(step.lower(placed).compile().as_text())
+    for k in range(2):
+        one = jax.grad(lambda p: jnp.sum(pool(p, x, seg, pos, 4, 8)[0] ** 2))(jax.tree.map(lambda p: p[k], stacked))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[k], b, rtol=2e-4, atol=1e-5), many, one)
+    assert set(sent) == {"all-reduce"} and sent["all-reduce"] < 2 * sum(p.nbytes for p in params.values())
 
 
 def test_rows_that_do_not_divide_over_the_mesh_are_refused():
     params, x, seg, pos = f32(make([7], 3, 4))
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    with jax.set_mesh(mesh), pytest.raises(ValueError, match="data.rows"):
+    with jax.set_mesh(auto_mesh(2)), pytest.raises(ValueError, match="data.rows to a multiple of 2"):
         pool(params, x, seg, pos, 1)
+    with jax.set_mesh(auto_mesh(1, 8)), pytest.raises(ValueError, match="data.row_multiple to a multiple of 8"):
+        pool(params, x, seg, pos, 1)
+
+
+def test_bad_arguments_are_refused():
+    params, x, seg, pos = f32(make([7, 3], 2, 5))
+    with pytest.raises(ValueError, match="reach 2, but the step has 1 slots"):
+        pool(params, x, seg, pos, 1)
+    with pytest.raises(ValueError, match="num_slots=0"):
+        pool(params, x, seg, pos, 0)
+    with pytest.raises(ValueError, match="impl='scan'.*chunked"):
+        pool(params, x, seg, pos, 2, impl="scan")
+    with pytest.raises(ValueError, match=r"segment_ids \(2, 4\)"):
+        pool(params, x, seg[:, :4], pos, 2)
+
+
+@both
+def test_bfloat16_products_with_float32_sums_and_finite_gradients(impl):
+    """Every product has bfloat16 operands and float32 results, forward and backward, with NaN padding and no patch."""
+    params, x, seg, pos = f32(make([37, 1, 0, 60], 2, 64))
+    dirty = jnp.where((seg > 0)[..., None], x, jnp.nan)
+    net = {
+        "proj": {"kernel_t": params["f"], "bias": params["b"]},
+        "attention": {
+            "gate": {"kernel_t": jnp.concatenate([params["v"], params["u"]]), "bias": jnp.zeros(2 * A)},
+            "score": {"kernel_t": params["w"], "bias": jnp.zeros(1)},
+        },
+    }
+
+    def value(dtype, net, x):
+        fn = PatchFeatures(dtype=dtype)
+        pooled, lse = pooling.attention_pool(fn, net, (), x, seg, pos, num_slots=4, chunk=16, impl=impl)
+        assert pooled.dtype == lse.dtype == jnp.float32
+        return jnp.sum(pooled**2)
+
+    grad = jax.grad(value, argnums=(1, 2))
+    low, full = grad(jnp.bfloat16, net, dirty), grad(None, net, dirty)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=0.05 * float(jnp.max(jnp.abs(b))) + 1e-3), low, full
+    )
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(low))
+    jaxpr = jax.make_jaxpr(lambda net, x: grad(jnp.bfloat16, net, x))(net, dirty)
+    dots = list(products(jaxpr.jaxpr))
+    assert len(dots) >= 12
+    assert set(dots) == {("bfloat16", "bfloat16", "float32")}
+
+
+def products(jaxpr):
+    """Dtypes (operand, operand, result) of every matrix product of a graph."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield tuple(str(v.aval.dtype) for v in (*eqn.invars, *eqn.outvars))
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from products(inner)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
@@ -197,10 +289,11 @@ def test_temporary_memory_does_not_grow_with_the_bag(dtype):
     assert large < small + 1_000_000
 
 
-def test_vmap_over_replicas_equals_a_loop():
+@both
+def test_vmap_over_replicas_equals_a_loop(impl):
     params, x, seg, pos = f32(make([7, 1, 20], 2, 17))
     stacked = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), params)
-    fn = jax.grad(lambda p: jnp.sum(pool(p, x, seg, pos, 3)[0] ** 2))
+    fn = jax.grad(lambda p: jnp.sum(pool(p, x, seg, pos, 3, impl=impl)[0] ** 2))
     many = jax.vmap(fn)(stacked)
     for k in range(2):
         one = fn(jax.tree.map(lambda p, k=k: p[k], stacked))
@@ -232,8 +325,8 @@ class WithProducts:
 @pytest.mark.parametrize("devices", [1, 4])
 @pytest.mark.parametrize(("save", "cache"), [(0, 0), (2**30, 0), (2**30, 2**30)], ids=["none", "first", "all"])
 def test_kept_products_equal_recomputed_ones(monkeypatch, devices, save, cache):
-    monkeypatch.setattr(pooling, "SAVE_BYTES", save)
-    monkeypatch.setattr(pooling, "CACHE_BYTES", cache)
+    monkeypatch.setattr(chunked, "SAVE_BYTES", save)
+    monkeypatch.setattr(chunked, "CACHE_BYTES", cache)
     params, x, seg, pos = f32(make([37, 1, 0, 60], 4, 30, 2))
     dirty = jnp.where((seg > 0)[..., None], x, jnp.nan)
     target = jax.random.normal(jax.random.key(1), (4, 2, H))
@@ -254,8 +347,8 @@ def test_kept_products_equal_recomputed_ones(monkeypatch, devices, save, cache):
 
 def test_products_are_kept_only_while_they_fit(monkeypatch):
     def temporaries(save, cache):
-        monkeypatch.setattr(pooling, "SAVE_BYTES", save)
-        monkeypatch.setattr(pooling, "CACHE_BYTES", cache)
+        monkeypatch.setattr(chunked, "SAVE_BYTES", save)
+        monkeypatch.setattr(chunked, "CACHE_BYTES", cache)
         params, x, seg, pos = f32(make([3000], 1, 4096))
         grad = jax.grad(
             lambda p: jnp.sum(pooling.attention_pool(WithProducts(), p, (), x, seg, pos, num_slots=1, chunk=64)[0])

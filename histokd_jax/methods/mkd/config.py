@@ -14,6 +14,7 @@ from histokd_jax.methods.mkd.objective import INTER_LOSSES, NONE, ObjectiveSpec
 from histokd_jax.nn.affine import INITIALIZERS
 from histokd_jax.nn.fusion import BILINEAR, FUSIONS
 from histokd_jax.nn.genes import TokenSpec
+from histokd_jax.ops.pooling import IMPLS
 
 ONLINE, TWO_STAGE = "online", "two_stage"
 
@@ -34,6 +35,7 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
     "fidelity": ("corrected", "faithful"),
     "data.slide_choice": ("first_sorted", "largest_bag", "listing_order"),
     "data.grouping": ("size_balanced", "random"),
+    "data.pool": IMPLS,
     "genes.filter": ("top", "bottom", "random"),
     "genes.ranking": ("cox", "anova", "variance", "table"),
     "genes.ranking_scope": ("per_fold_train", "global"),
@@ -87,6 +89,7 @@ def default_config() -> ml_collections.ConfigDict:
                 max_patches_train=null(int),
                 grouping="size_balanced",
                 chunk=512,
+                pool="chunked",
             ),
             genes=dict(
                 top_k=8192,
@@ -248,6 +251,7 @@ def network_spec(config: ml_collections.ConfigDict, feat_dim: int, num_classes: 
         gene_rate=gene_rate,
         dtype=jnp.bfloat16 if config.train.compute_dtype == "bfloat16" else None,
         chunk=config.data.chunk,
+        pool=config.data.pool,
     )
 
 

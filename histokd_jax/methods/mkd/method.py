@@ -197,10 +197,10 @@ def _streams(spec: NetworkSpec, batch: Batch) -> dict[str, jax.Array] | None:
 
 
 def _example_inputs(spec: NetworkSpec) -> tuple[Bags, dict[str, jax.Array]]:
-    """Inputs of the right widths; as many rows as devices, so that any mesh can divide them."""
-    rows = jax.device_count()
-    ids = jnp.ones((rows, 1), jnp.int32)
-    bags = Bags(jnp.zeros((rows, 1, spec.feat_dim)), ids, jnp.zeros_like(ids), num_slots=1)
+    """Inputs of the right widths; as many rows, and patches per row, as devices, so that any mesh can divide them."""
+    n = jax.device_count()
+    ids = jnp.ones((n, n), jnp.int32)
+    bags = Bags(jnp.zeros((n, n, spec.feat_dim)), ids, jnp.zeros_like(ids), num_slots=1)
     return bags, {f: jnp.zeros((1, spec.tokens.token_size)) for f in _gene_fields(spec)}
 
 

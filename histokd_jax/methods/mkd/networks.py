@@ -14,6 +14,7 @@ from histokd_jax.nn.fusion import BILINEAR, BilinearFusion, ConcatFusion
 from histokd_jax.nn.gated_attention import BagEncoder, Bags, PatchFeatures
 from histokd_jax.nn.genes import TWO_STREAM_DROPOUT_LAYERS, GeneEncoder, TokenSpec, TwoStreamGeneEncoder
 from histokd_jax.ops.dropout import slot_dropout
+from histokd_jax.ops.pooling import CHUNKED
 
 STUDENT, MULTIMODAL, GENOMIC = "S_P", "T_M", "T_G"
 NETWORKS = (STUDENT, MULTIMODAL, GENOMIC)
@@ -41,6 +42,7 @@ class NetworkSpec:
       gene_rate: dropout in front of the classifier of T_G.
       dtype: compute dtype of matrix products; None keeps the parameters'.
       chunk: patches per chunk of the attention pool.
+      pool: implementation of the attention pool, see `histokd_jax.ops.pooling.attention_pool`.
     """
 
     feat_dim: int = 1024
@@ -55,6 +57,7 @@ class NetworkSpec:
     gene_rate: float = 0.25
     dtype: jnp.dtype | None = None
     chunk: int = 512
+    pool: str = CHUNKED
 
     @property
     def two_streams(self) -> bool:
@@ -64,7 +67,7 @@ class NetworkSpec:
 
 def _bag_encoder(spec: NetworkSpec, rate: float, initializer: str) -> BagEncoder:
     features = PatchFeatures(rate=rate, layer=_PATCH_LAYER, dtype=spec.dtype)
-    return BagEncoder(spec.feat_dim, spec.width, spec.hidden, features, initializer, spec.chunk)
+    return BagEncoder(spec.feat_dim, spec.width, spec.hidden, features, initializer, spec.chunk, spec.pool)
 
 
 def _gene_encoder(spec: NetworkSpec, initializer: str) -> nn.Module:
