@@ -9,6 +9,7 @@ A fold with fold.json is finished and is not trained again; any other continues 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -30,9 +31,10 @@ from histokd_jax.methods import registry
 from histokd_jax.train import loop, model_dir, provenance, sharding
 from histokd_jax.train.checkpoint import CheckpointMismatchError
 from histokd_jax.train.experiment import Experiment, FoldData, fold_data, load_experiment, resolve_width, share_shapes
-from histokd_jax.train.feed import StreamFeeder
+from histokd_jax.train.feed import Feeder, StreamFeeder
 from histokd_jax.train.programs import Programs
 from histokd_jax.train.signals import StopRequest
+from histokd_jax.types import Method
 from histokd_jax.utils import config as config_utils
 
 
@@ -89,6 +91,80 @@ def fold_numbers(text: str, count: int) -> list[int]:
     return [int(text)]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Arm:
+    """One run directory: the folds of one configuration.
+
+    Attributes:
+      experiment: data set, cohort, splits and configuration.
+      folds: fold number -> planned data.
+      directory: the run directory.
+      facts: run_manifest.json.
+      title: shown on progress bars.
+    """
+
+    experiment: Experiment
+    folds: Mapping[int, FoldData]
+    directory: pathlib.Path
+    facts: Mapping[str, Any]
+    title: str
+
+    def job(self, fold: int, programs: Programs, feeder: Feeder) -> loop.Job:
+        """The training of one fold."""
+        cfg, data = self.experiment.cfg, self.folds[fold]
+        return loop.Job(
+            cfg=cfg,
+            programs=programs,
+            feeder=feeder,
+            cohort=self.experiment.cohort,
+            data=data,
+            fold=fold,
+            directory=self.directory / f"fold_{fold}",
+            identity=identity(cfg, data),
+            title=f"{cfg.task} {self.title}, fold {fold}",
+        )
+
+
+def make_method(experiment: Experiment) -> Method:
+    """The method that an experiment's configuration asks for."""
+    cfg = experiment.cfg
+    return registry.get_method(cfg.method)(cfg, experiment.data_spec(_fields(cfg)))
+
+
+def make_programs(experiment: Experiment, method: Method) -> Programs:
+    """The compiled steps of a run, on its mesh."""
+    return Programs(method, experiment.cfg, sharding.make_mesh(experiment.cfg.mesh.data))
+
+
+def open_arm(
+    experiment: Experiment, folds: Mapping[int, FoldData], directory: pathlib.Path, command: Sequence[str], title: str
+) -> Arm:
+    """Claims a run directory and writes its config.json and run_manifest.json.
+
+    Raises:
+      CheckpointMismatchError: the directory holds a run with another configuration.
+    """
+    _claim(directory, experiment.cfg)
+    facts = provenance.run_manifest(experiment, folds, command)
+    _write_json(directory / "run_manifest.json", facts)
+    return Arm(experiment, folds, directory, facts, title)
+
+
+def close_arm(arm: Arm) -> dict[str, Any]:
+    """Joins the predictions of all folds, which must be finished, and writes the summary."""
+    tables: dict[str, list[Predictions]] = {}
+    for k, data in arm.folds.items():
+        # Always read back, so that a run finished in several sittings reports the same digits.
+        for part in data.evaluation:
+            tables.setdefault(part, []).append(
+                read_predictions(arm.directory / f"fold_{k}" / f"predictions_{part}.csv")
+            )
+    joined = {part: concatenate(found) for part, found in tables.items()}
+    for part, table in joined.items():
+        write_predictions(arm.directory / f"predictions_{part}.csv", table)
+    return write_summary(arm.directory, joined["test"], arm.experiment.cfg, arm.facts)
+
+
 def _arm(
     experiment: Experiment,
     numbers: Sequence[int],
@@ -98,36 +174,16 @@ def _arm(
     title: str,
 ) -> dict[str, Any]:
     cfg = experiment.cfg
-    method = registry.get_method(cfg.method)(cfg, experiment.data_spec(_fields(cfg)))
-    _claim(directory, cfg)
+    method = make_method(experiment)
     planned = share_shapes([fold_data(experiment, k, method) for k in numbers])
-    folds = dict(zip(numbers, planned))
-    facts = provenance.run_manifest(experiment, folds, command)
-    _write_json(directory / "run_manifest.json", facts)
-    programs = Programs(method, cfg, sharding.make_mesh(cfg.mesh.data))
+    arm = open_arm(experiment, dict(zip(numbers, planned)), directory, command, title)
+    programs = make_programs(experiment, method)
     feeder = StreamFeeder(programs.mesh, cfg.data.threads)
-    tables: dict[str, list[Predictions]] = {}
-    for k, data in folds.items():
-        job = loop.Job(
-            cfg=cfg,
-            programs=programs,
-            feeder=feeder,
-            cohort=experiment.cohort,
-            data=data,
-            fold=k,
-            directory=directory / f"fold_{k}",
-            identity=identity(cfg, data),
-            title=f"{cfg.task} {title}, fold {k}",
-        )
+    for k in numbers:
+        job = arm.job(k, programs, feeder)
         if not is_finished(job):
             finish_fold(job, experiment, loop.fit(job, stop))
-        # Always read back, so that a run finished in several sittings reports the same digits.
-        for part in data.evaluation:
-            tables.setdefault(part, []).append(read_predictions(job.directory / f"predictions_{part}.csv"))
-    joined = {part: concatenate(found) for part, found in tables.items()}
-    for part, table in joined.items():
-        write_predictions(directory / f"predictions_{part}.csv", table)
-    return write_summary(directory, joined["test"], cfg, facts)
+    return close_arm(arm)
 
 
 def write_summary(
