@@ -77,6 +77,7 @@ def base() -> ConfigDict:
             sampler="class_balanced_replacement",
             drop_last=True,
             compute_dtype="float32",
+            replica_loop="auto",  # trainings of one program: map (one after the other) | vmap | auto: by backend
         )
     )
     # monitor: mean_auc3 | student_auc; enabled=False trains max_epochs and keeps the last state.
@@ -84,8 +85,9 @@ def base() -> ConfigDict:
     cfg.ckpt = ConfigDict(dict(teachers="best_joint", every_epochs=5, keep=2))
     cfg.eval = ConfigDict(dict(teacher_dropout=False, slots=32))
     cfg.infer = ConfigDict(dict(mode="pathology", ensemble="none"))
-    # data: devices that divide the rows of a step; sequence: devices that divide the patches of every row.
-    cfg.mesh = ConfigDict(dict(data=1, sequence=1))
+    # data: devices that divide the rows of a step; sequence: devices that divide the patches of every row; replica:
+    # devices over which the trainings of a sweep are divided. 0 takes all (data, replica).
+    cfg.mesh = ConfigDict(dict(data=1, sequence=1, replica=1))
     # control: train the same networks with every distillation weight at 0, for the paired comparison.
     cfg.compare = ConfigDict(dict(control=True))
     cfg.report = ConfigDict(dict(bootstrap=2000))

@@ -80,14 +80,18 @@ class Method:
       init: (key) -> (params, extra). `params` is a dict of top-level groups (one per network).
       forward: (params, frozen, extra, batch, key, train, stage=) -> (outputs, new_extra). `outputs` holds slot-major
         arrays [S, ...] only, so that a step can be cut between forward and objective (gradient caching).
-      objective: (outputs, batch, step, stage) -> (scalar loss, metrics). Batch-coupled terms see all S slots.
+      objective: (outputs, batch, step, stage, values=None) -> (scalar loss, metrics). Batch-coupled terms see all S
+        slots. `values` (config key of `traced` -> scalar array) replaces constants of the configuration by data; every
+        term is then computed, whatever its weight. Only methods with `traced` keys need to accept it.
       predict: (params, frozen, extra, batch, mode, key=None) -> {"prob": [S, C], "logits": [S, C],
         "embedding": [S, H]}; a key turns on dropout in the teachers.
-      attention: (params, frozen, extra, batch, mode) -> [R, L] float32, weight of each patch within its slide.
       modes: the ways to deploy it.
       stages: phases of training, in order.
       requires: batch fields needed in training.
       batch_coupled: True if the loss couples slides, so that a step must hold exactly b of them.
+      attention: (params, frozen, extra, batch, mode) -> [R, L] float32, weight of each patch within its slide.
+      traced: config keys of numbers that `objective` also takes as data, so that settings which differ only in them
+        can be trained by one program.
     """
 
     name: str
@@ -100,6 +104,7 @@ class Method:
     requires: tuple[str, ...]
     batch_coupled: bool
     attention: Callable[..., jax.Array] | None = None
+    traced: tuple[str, ...] = ()
 
     def mode(self, name: str) -> Mode:
         """The mode called `name`.

@@ -10,12 +10,13 @@ from logging import LogRecord
 from absl import logging
 
 from histokd_jax import __version__
-from histokd_jax.cli import demo, evaluate, predict, report, simulate, train
+from histokd_jax.cli import demo, evaluate, predict, report, simulate, sweep, train
 
 COMMANDS = {
     "demo": demo,
     "simulate": simulate,
     "train": train,
+    "sweep": sweep,
     "evaluate": evaluate,
     "predict": predict,
     "report": report,

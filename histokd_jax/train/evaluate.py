@@ -32,16 +32,36 @@ def predict_source(
     Returns:
       mode -> [n, C] float64, in the order of `source.table.slide_index`.
     """
-    index = source.table.slide_index
-    place = {int(slide): row for row, slide in enumerate(index)}
-    out: dict[str, np.ndarray] = {}
+    found = Collected(source)
     for number, fed in enumerate(progress(feeder.evaluate(source))):
-        found = jax.device_get({mode: value["prob"] for mode, value in predict(fed.batch, number).items()})
-        slots = np.flatnonzero(fed.slide_index >= 0)
-        rows = [place[int(fed.slide_index[slot])] for slot in slots]
+        found.add(
+            fed.slide_index,
+            jax.device_get({mode: value["prob"] for mode, value in predict(fed.batch, number).items()}),
+        )
+    return found.probs
+
+
+class Collected:
+    """Puts the probabilities of slots back into the order of the slides.
+
+    Args:
+      source: the evaluation plan that is walked through.
+
+    Attributes:
+      probs: mode -> [n, C] float64, in the order of `source.table.slide_index`; NaN where nothing was added yet.
+    """
+
+    def __init__(self, source: StepSource):
+        self._place = {int(slide): row for row, slide in enumerate(source.table.slide_index)}
+        self.probs: dict[str, np.ndarray] = {}
+
+    def add(self, slide_index: np.ndarray, found: Mapping[str, np.ndarray]) -> None:
+        """Adds one step: [S] slides of its slots (-1: empty), and mode -> [S, C]."""
+        slots = np.flatnonzero(slide_index >= 0)
+        rows = [self._place[int(slide_index[slot])] for slot in slots]
         for mode, prob in found.items():
-            out.setdefault(mode, np.full((len(index), prob.shape[1]), np.nan))[rows] = prob[slots]
-    return out
+            empty = np.full((len(self._place), prob.shape[1]), np.nan)
+            self.probs.setdefault(mode, empty)[rows] = prob[slots]
 
 
 def as_table(probs: Mapping[str, np.ndarray], slide_index: np.ndarray, cohort: Cohort, fold: int) -> Predictions:

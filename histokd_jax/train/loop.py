@@ -130,7 +130,7 @@ def fit(job: Job, stop: StopRequest) -> Fit:
     with RunCheckpoints(job.directory / "checkpoints", job.identity, job.cfg.ckpt.keep) as checkpoints:
         saved = checkpoints.progress()
         progress = Progress.from_json(saved) if saved else Progress()
-        upto = _global_step(job, progress) if saved else -1
+        upto = global_step(job, progress) if saved else -1
         with MetricWriter(job.directory, upto) as writer:
             for index in range(progress.stage, len(method.stages)):
                 stage = method.stages[index]
@@ -142,15 +142,24 @@ def fit(job: Job, stop: StopRequest) -> Fit:
                     progress = Progress(stage=index)
                 runner = _StageRunner(job, stage, checkpoints, writer, stop)
                 state, progress = runner.run(state, progress)
-                params, extra = _selected(job.cfg, stage, state, progress), state.extra
+                params, extra = selected_params(job.cfg, stage, state, progress), state.extra
     return Fit(params, extra, progress, job.data.train.plan.fill())
 
 
-def _global_step(job: Job, progress: Progress) -> int:
+def stopped_early(cfg: ConfigDict, progress: Progress) -> bool:
+    """Whether early stopping ends the stage after the epochs done."""
+    early = cfg.early_stop
+    return early.enabled and progress.stopper.should_stop(
+        progress.epoch - 1, patience=early.patience, min_epoch=early.min_epoch
+    )
+
+
+def global_step(job: Job, progress: Progress) -> int:
+    """Steps since the start of the first stage."""
     return progress.stage * job.data.train.num_steps + progress.step
 
 
-def _selected(cfg: ConfigDict, stage: Stage, state: TrainState, progress: Progress) -> dict[str, Any]:
+def selected_params(cfg: ConfigDict, stage: Stage, state: TrainState, progress: Progress) -> dict[str, Any]:
     """The parameters a stage ends with: the best, the last (fixed epochs), or the published mixture of both."""
     if not cfg.early_stop.enabled or progress.stopper.best is None:
         return state.params
@@ -175,16 +184,10 @@ class _StageRunner:
         with tqdm(
             total=total, initial=progress.step, desc=self.job.title or self.stage.name, unit="step", disable=None
         ) as bar:
-            while progress.epoch < cfg.train.max_epochs and not self._finished(progress):
+            while progress.epoch < cfg.train.max_epochs and not stopped_early(cfg, progress):
                 state, progress, timing = self._epoch_steps(state, progress, batches, bar)
                 state, progress = self._end_epoch(state, progress, timing, bar)
         return state, progress
-
-    def _finished(self, progress: Progress) -> bool:
-        early = self.job.cfg.early_stop
-        return early.enabled and progress.stopper.should_stop(
-            progress.epoch - 1, patience=early.patience, min_epoch=early.min_epoch
-        )
 
     def _epoch_steps(self, state, progress, batches, bar):
         cfg, programs = self.job.cfg, self.job.programs
@@ -219,14 +222,14 @@ class _StageRunner:
         )
 
     def _interrupt(self, state, progress):
-        self.checkpoints.save(_global_step(self.job, progress), state, progress.to_json())
+        self.checkpoints.save(global_step(self.job, progress), state, progress.to_json())
         raise Interrupted(
             f"stopped by signal {self.stop.signal} at step {progress.step} of fold {self.job.fold} after writing a "
             "checkpoint; run the same command again to continue"
         )
 
     def _end_epoch(self, state, progress, timing, bar):
-        step, epoch = _global_step(self.job, progress), progress.epoch
+        step, epoch = global_step(self.job, progress), progress.epoch
         facts = {"epoch": epoch, "stage": self.stage.name}
         means = self._epoch_means(state, epoch)
         self.writer.write(step, {**facts, "split": "train"}, {**means, **timing})
@@ -240,7 +243,7 @@ class _StageRunner:
         progress = dataclasses.replace(progress, epoch=epoch + 1, stopper=stopper)
         state = _close_epoch(state, improved)
         bar.set_postfix(shown)
-        last = progress.epoch == self.job.cfg.train.max_epochs or self._finished(progress)
+        last = progress.epoch == self.job.cfg.train.max_epochs or stopped_early(self.job.cfg, progress)
         if last or progress.epoch % self.job.cfg.ckpt.every_epochs == 0:
             self.checkpoints.save(step, state, progress.to_json())
         return state, progress

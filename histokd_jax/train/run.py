@@ -9,6 +9,7 @@ A fold with fold.json is finished and is not trained again; any other continues 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -31,9 +32,11 @@ from histokd_jax.methods import registry
 from histokd_jax.train import feed, loop, model_dir, provenance, sharding
 from histokd_jax.train.checkpoint import CheckpointMismatchError
 from histokd_jax.train.experiment import Experiment, FoldData, fold_data, load_experiment, resolve_width, share_shapes
+from histokd_jax.train.feed import Feeder
 from histokd_jax.train.programs import Programs
 from histokd_jax.train.resident import CohortCache
 from histokd_jax.train.signals import StopRequest
+from histokd_jax.types import Method
 from histokd_jax.utils import config as config_utils
 
 
@@ -91,6 +94,93 @@ def fold_numbers(text: str, count: int) -> list[int]:
     return [int(text)]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Arm:
+    """One run directory: the folds of one configuration.
+
+    Attributes:
+      experiment: data set, cohort, splits and configuration.
+      folds: fold number -> planned data.
+      directory: the run directory.
+      facts: run_manifest.json.
+      title: shown on progress bars.
+    """
+
+    experiment: Experiment
+    folds: Mapping[int, FoldData]
+    directory: pathlib.Path
+    facts: Mapping[str, Any]
+    title: str
+
+    def job(self, fold: int, programs: Programs, feeder: Feeder) -> loop.Job:
+        """The training of one fold."""
+        cfg, data = self.experiment.cfg, self.folds[fold]
+        return loop.Job(
+            cfg=cfg,
+            programs=programs,
+            feeder=feeder,
+            cohort=self.experiment.cohort,
+            data=data,
+            fold=fold,
+            directory=self.directory / f"fold_{fold}",
+            identity={**identity(cfg, data), **feeder.identity},
+            title=f"{cfg.task} {self.title}, fold {fold}",
+        )
+
+
+def make_method(experiment: Experiment) -> Method:
+    """The method that an experiment's configuration asks for."""
+    cfg = experiment.cfg
+    return registry.get_method(cfg.method)(cfg, experiment.data_spec(_fields(cfg)))
+
+
+def make_programs(experiment: Experiment, method: Method) -> Programs:
+    """The compiled steps of a run, on its mesh."""
+    return Programs(method, experiment.cfg, sharding.make_mesh(experiment.cfg.mesh.data, experiment.cfg.mesh.sequence))
+
+
+def open_arm(
+    experiment: Experiment,
+    folds: Mapping[int, FoldData],
+    directory: pathlib.Path,
+    command: Sequence[str],
+    title: str,
+    source: Mapping[str, Any],
+) -> Arm:
+    """Claims a run directory and writes its config.json and run_manifest.json.
+
+    Args:
+      experiment: data set, cohort, splits and configuration.
+      folds: fold number -> planned data.
+      directory: the run directory.
+      command: the command line.
+      title: shown on progress bars.
+      source: how the patches reach the devices (`Feeder.report`).
+
+    Raises:
+      CheckpointMismatchError: the directory holds a run with another configuration.
+    """
+    _claim(directory, experiment.cfg)
+    facts = {**provenance.run_manifest(experiment, folds, command), "input": dict(source)}
+    _write_json(directory / "run_manifest.json", facts)
+    return Arm(experiment, folds, directory, facts, title)
+
+
+def close_arm(arm: Arm) -> dict[str, Any]:
+    """Joins the predictions of all folds, which must be finished, and writes the summary."""
+    tables: dict[str, list[Predictions]] = {}
+    for k, data in arm.folds.items():
+        # Always read back, so that a run finished in several sittings reports the same digits.
+        for part in data.evaluation:
+            tables.setdefault(part, []).append(
+                read_predictions(arm.directory / f"fold_{k}" / f"predictions_{part}.csv")
+            )
+    joined = {part: concatenate(found) for part, found in tables.items()}
+    for part, table in joined.items():
+        write_predictions(arm.directory / f"predictions_{part}.csv", table)
+    return write_summary(arm.directory, joined["test"], arm.experiment.cfg, arm.facts)
+
+
 def _arm(
     experiment: Experiment,
     numbers: Sequence[int],
@@ -101,43 +191,22 @@ def _arm(
     cohorts: CohortCache,
 ) -> dict[str, Any]:
     cfg = experiment.cfg
-    method = registry.get_method(cfg.method)(cfg, experiment.data_spec(_fields(cfg)))
-    mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.sequence)
-    _claim(directory, cfg)
+    method = make_method(experiment)
     planned = share_shapes([fold_data(experiment, k, method) for k in numbers])
+    programs = make_programs(experiment, method)
     for data in planned:
-        _check_mesh(mesh, cfg, data)
-    folds = dict(zip(numbers, planned))
-    programs = Programs(method, cfg, mesh)
+        check_mesh(programs.mesh, cfg, data)
     sources = [source for data in planned for source in (data.train, *data.evaluation.values())]
     feeder = feed.make_feeder(cfg, programs.mesh, sources, cohorts)
-    facts = {**provenance.run_manifest(experiment, folds, command), "input": feeder.report()}
-    _write_json(directory / "run_manifest.json", facts)
-    tables: dict[str, list[Predictions]] = {}
-    for k, data in folds.items():
-        job = loop.Job(
-            cfg=cfg,
-            programs=programs,
-            feeder=feeder,
-            cohort=experiment.cohort,
-            data=data,
-            fold=k,
-            directory=directory / f"fold_{k}",
-            identity={**identity(cfg, data), **feeder.identity},
-            title=f"{cfg.task} {title}, fold {k}",
-        )
+    arm = open_arm(experiment, dict(zip(numbers, planned)), directory, command, title, feeder.report())
+    for k in numbers:
+        job = arm.job(k, programs, feeder)
         if not is_finished(job):
             finish_fold(job, experiment, loop.fit(job, stop))
-        # Always read back, so that a run finished in several sittings reports the same digits.
-        for part in data.evaluation:
-            tables.setdefault(part, []).append(read_predictions(job.directory / f"predictions_{part}.csv"))
-    joined = {part: concatenate(found) for part, found in tables.items()}
-    for part, table in joined.items():
-        write_predictions(directory / f"predictions_{part}.csv", table)
-    return write_summary(directory, joined["test"], cfg, facts)
+    return close_arm(arm)
 
 
-def _check_mesh(mesh: Mesh, cfg: ConfigDict, data: FoldData) -> None:
+def check_mesh(mesh: Mesh, cfg: ConfigDict, data: FoldData) -> None:
     """Refuses, before anything is compiled, a mesh that does not divide the steps."""
     if cfg.train.batching == "grad_cache" and mesh.shape[sharding.DATA] > 1:
         raise ValueError(

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from data_pipelines import schema
 
-DATA, SEQUENCE = "data", "sequence"
+DATA, SEQUENCE, REPLICA = "data", "sequence", "replica"
 
 
 def make_mesh(data: int = 1, sequence: int = 1) -> Mesh:
@@ -39,6 +39,27 @@ def make_mesh(data: int = 1, sequence: int = 1) -> Mesh:
             "each: choose a divisor of that number"
         )
     return Mesh(grid, (DATA, SEQUENCE), axis_types=(AxisType.Auto,) * 2)
+
+
+def make_replica_mesh(count: int = 1) -> Mesh:
+    """A mesh with the axis "replica", over which whole trainings are divided.
+
+    Args:
+      count: number of devices on it; 0 takes all of them.
+
+    Raises:
+      ValueError: if there are fewer devices.
+    """
+    devices = jax.devices()
+    count = count or len(devices)
+    if not 0 < count <= len(devices):
+        raise ValueError(f"mesh.replica={count}, but {len(devices)} {devices[0].platform} devices are present")
+    return Mesh(np.asarray(devices[:count]), (REPLICA,), axis_types=(AxisType.Auto,))
+
+
+def by_replica(mesh: Mesh) -> NamedSharding:
+    """The sharding of everything with a leading replica axis."""
+    return NamedSharding(mesh, PartitionSpec(REPLICA))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -66,10 +68,11 @@ def cached_loss_and_gradients(
 
 def make_train_step(
     method: Method, tx: optax.GradientTransformation, stage: str, batching: str = "packed"
-) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, jax.Array]]:
-    """The pure training step (state, batch, lr) -> (state, loss).
+) -> Callable[..., tuple[TrainState, jax.Array]]:
+    """The pure training step (state, batch, lr, values=None) -> (state, loss).
 
-    Metrics are added to `state.totals`, so that no step waits for the host.
+    Metrics are added to `state.totals`, so that no step waits for the host. `values` makes numbers of the objective
+    data, see `Method.objective`.
 
     Args:
       method: what to train.
@@ -84,9 +87,12 @@ def make_train_step(
         raise ValueError(f"train.batching={batching!r}: expected one of {', '.join(BATCHING)}")
     gradients = cached_loss_and_gradients if batching == "grad_cache" else loss_and_gradients
 
-    def train_step(state: TrainState, batch: Batch, lr: jax.Array) -> tuple[TrainState, jax.Array]:
+    def train_step(
+        state: TrainState, batch: Batch, lr: jax.Array, values: Mapping[str, jax.Array] | None = None
+    ) -> tuple[TrainState, jax.Array]:
         key = jax.random.fold_in(state.rng, state.step)
-        loss, metrics, extra, grads = gradients(method, stage, state.params, state.extra, batch, key, state.step)
+        chosen = with_values(method, values)
+        loss, metrics, extra, grads = gradients(chosen, stage, state.params, state.extra, batch, key, state.step)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         updates = jax.tree.map(lambda u: -lr.astype(u.dtype) * u, updates)
         one = jnp.ones(())
@@ -104,6 +110,13 @@ def make_train_step(
         return state, loss
 
     return train_step
+
+
+def with_values(method: Method, values: Mapping[str, jax.Array] | None) -> Method:
+    """The method with numbers of its objective given as data; None or no values leave it as it is."""
+    if not values:
+        return method
+    return dataclasses.replace(method, objective=functools.partial(method.objective, values=values))
 
 
 def metric_names(method: Method, stage: str, params: Any, extra: Any, batch: Any) -> list[str]:

@@ -57,6 +57,55 @@ def load(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
     return cfg
 
 
+def load_sweep(spec: str, overrides: Iterable[str] = (), only: Iterable[str] = ()) -> tuple[dict[str, ConfigDict], str]:
+    """Builds the configurations that a sweep compares.
+
+    Args:
+      spec: a file with `REFERENCE` and `get_sweep(arg) -> (base, {setting: {dotted key: value}})`, as for `load`.
+      overrides: "dotted.key=value" strings, applied to every setting before its own changes.
+      only: settings to keep; the reference is always kept. Empty for all.
+
+    Returns:
+      (setting -> locked ConfigDict, the reference first; name of the reference).
+
+    Raises:
+      ConfigError: as `load`; an unknown setting; two settings with the same values.
+    """
+    name, _, arg = spec.partition(":")
+    module = _import(_find(name), "get_sweep")
+    try:
+        base, settings = module.get_sweep(arg)
+    except ValueError as e:
+        raise ConfigError(f"--config {spec}: {e}") from e
+    unknown = sorted(set(only) - set(settings))
+    if unknown:
+        raise ConfigError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(settings)}")
+    reference, kept, texts = module.REFERENCE, {}, {}
+    for setting in dict.fromkeys([reference, *(only or settings)]):
+        cfg = _changed(load(base, overrides), setting, settings[setting])
+        twin = texts.setdefault(to_json(cfg), setting)
+        if twin != setting:
+            raise ConfigError(
+                f"settings {twin} and {setting} of {name} have the same values with these overrides: leave one out "
+                "with --only"
+            )
+        kept[setting] = cfg
+    return kept, reference
+
+
+def _changed(cfg: ConfigDict, setting: str, changes: dict[str, Any]) -> ConfigDict:
+    flat = flatten(cfg)
+    for key, value in changes.items():
+        if key not in flat:
+            near = difflib.get_close_matches(key, flat, n=3, cutoff=0.5)
+            raise ConfigError(f"setting {setting}: unknown config key {key!r}; did you mean {', '.join(near)}?")
+        try:
+            cfg.update_from_flattened_dict({key: value})
+        except (TypeError, ValueError) as e:
+            raise ConfigError(f"setting {setting}: {key}={value!r}: {e}") from e
+    return cfg
+
+
 def set_key(cfg: ConfigDict, key: str, text: str) -> None:
     """Sets one dotted key from text, converted to the type of its default.
 
@@ -150,7 +199,7 @@ def _find(name: str) -> pathlib.Path:
     raise ConfigError(f"config file {name!r} not found; shipped with the package: {', '.join(shipped)}")
 
 
-def _import(path: pathlib.Path) -> types.ModuleType:
+def _import(path: pathlib.Path, needed: str = "get_config") -> types.ModuleType:
     """Imports a config file as a member of a package, so that `from . import common` works wherever it lies."""
     folder = path.resolve().parent
     package = "_histokd_configs_" + hashlib.sha256(str(folder).encode()).hexdigest()[:12]
@@ -160,6 +209,10 @@ def _import(path: pathlib.Path) -> types.ModuleType:
         parent.__path__ = [str(root) for root in (folder, *SHIPPED)]
         sys.modules[package] = parent
     module = importlib.import_module(f"{package}.{path.stem}")
-    if not hasattr(module, "get_config"):
-        raise ConfigError(f"{path.name} has no function get_config(arg)")
+    if not hasattr(module, needed):
+        kind = (
+            "one configuration" if hasattr(module, "get_config") else "a sweep" if hasattr(module, "get_sweep") else ""
+        )
+        hint = f"; it holds {kind}" if kind else ""
+        raise ConfigError(f"{path} has no function {needed}(arg){hint}")
     return module

@@ -12,6 +12,7 @@ WORDS = {
     "demo": ("simulated cohort", "--workdir", "--smoke", "default: runs/demo"),
     "simulate": ("--out", "--set", "FIELD=VALUE", "--labels", "real genes and labels, simulated bags"),
     "train": ("--config", "--workdir", "--config.KEY=VALUE", "continues an interrupted run", "--allow-patient-overlap"),
+    "sweep": ("--seeds", "--only", "--dry-run", "continues an interrupted sweep", "diverges is stopped alone", "table"),
     "evaluate": ("summary.json", "--data", "--labels", "External test"),
     "predict": ("no genes and no teacher parameters are needed", "--model", "--attention", "--out"),
     "report": ("report.html", "RUN"),
@@ -19,7 +20,7 @@ WORDS = {
 
 
 def test_every_command_has_help_that_is_checked():
-    assert set(WORDS) == set(COMMANDS) == {"demo", "simulate", "train", "evaluate", "predict", "report"}
+    assert set(WORDS) == set(COMMANDS) == {"demo", "simulate", "train", "sweep", "evaluate", "predict", "report"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -31,7 +32,7 @@ def test_help_of_a_command_says_what_it_does_and_how(histokd, command):
         assert word in text, word
 
 
-@pytest.mark.parametrize("command", ["simulate", "train", "evaluate", "predict"])
+@pytest.mark.parametrize("command", ["simulate", "train", "sweep", "evaluate", "predict"])
 def test_help_shows_a_command_to_copy(histokd, command):
     assert f"  histokd {command} --" in histokd(command, "--help").out
 

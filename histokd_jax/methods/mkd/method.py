@@ -90,10 +90,16 @@ class _Mkd:
         return outputs, extra
 
     def objective(
-        self, outputs: Outputs, batch: Batch, step: jax.Array | int = 0, stage: str = objectives.ONLINE
+        self,
+        outputs: Outputs,
+        batch: Batch,
+        step: jax.Array | int = 0,
+        stage: str = objectives.ONLINE,
+        values: Mapping[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, dict]:
-        """Scalar loss and metrics, see `histokd_jax.methods.mkd.objective.objective`."""
-        return objectives.objective(self.objective_spec, outputs, batch, step, stage)
+        """Scalar loss and metrics, see `histokd_jax.methods.mkd.objective`; `values` as in `Method.objective`."""
+        spec = self.objective_spec if values is None else self.objective_spec.with_values(values)
+        return objectives.objective(spec, outputs, batch, step, stage)
 
     def predict(
         self, params: Params, frozen: Params, extra: Extra, batch: Batch, mode: str, key: jax.Array | None = None
@@ -261,4 +267,5 @@ def make_method(config: ml_collections.ConfigDict, data: DataSpec) -> Method:
         stages=_stages(config, tuple(networks)),
         requires=(*_PATCH_FIELDS, "weight", "label", *genes),
         batch_coupled=bool(run.objective_spec.weights()),
+        traced=tuple(objectives.TRACED),
     )

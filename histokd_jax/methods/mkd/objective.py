@@ -24,9 +24,22 @@ INTER_LOSSES: Mapping[str, Callable[..., jax.Array]] = {
 """Losses between a student and a teacher embedding: (student [b, d], teacher [b, d], where=[b]) -> []."""
 
 
+TRACED: Mapping[str, str] = {
+    "loss.lambda_coral": "lambda_coral",
+    "loss.lambda_or": "lambda_or",
+    "loss.lambda_skd": "lambda_skd",
+    "loss.lambda_clod": "lambda_clod",
+    "mkd.alpha": "alpha",
+    "clod.temperature": "temperature",
+}
+"""Config key -> field of `ObjectiveSpec` that may be an array instead of a number."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ObjectiveSpec:
     """Weights and forms of the terms; defaults as in section 16 of the specification.
+
+    The numbers in `TRACED` may be traced scalars (`with_values`): one program then serves several settings.
 
     Attributes:
       teachers: any of "M" and "G"; every term that names an absent teacher is dropped.
@@ -55,13 +68,30 @@ class ObjectiveSpec:
     temperature: float = 4.0
 
     def weights(self) -> dict[str, float]:
-        """Weight of each distillation term that takes part; those of weight 0 are not computed at all."""
+        """Weight of each distillation term that takes part.
+
+        A term whose weight is the number 0 is not computed at all; a traced weight is unknown, so its term is.
+        """
         if not self.teachers:
             return {}
         weights = {"coral": self.lambda_coral, "or": self.lambda_or, "skd": self.lambda_skd, "clod": self.lambda_clod}
         if self.inter_loss == NONE:
             del weights["skd"]
-        return {name: weight for name, weight in weights.items() if weight}
+        return {name: weight for name, weight in weights.items() if isinstance(weight, jax.Array) or weight}
+
+    def with_values(self, values: Mapping[str, jax.Array]) -> ObjectiveSpec:
+        """The same objective with some numbers replaced by data.
+
+        Args:
+          values: key of `TRACED` -> [] float32.
+
+        Raises:
+          ValueError: for a key that cannot be data.
+        """
+        unknown = sorted(set(values) - set(TRACED))
+        if unknown:
+            raise ValueError(f"{unknown} cannot vary between replicas of one program; only {sorted(TRACED)} can")
+        return dataclasses.replace(self, **{TRACED[key]: value for key, value in values.items()})
 
 
 def coral_term(spec: ObjectiveSpec, out: Outputs, where: jax.Array, student_only: bool) -> jax.Array:

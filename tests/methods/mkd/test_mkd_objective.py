@@ -1,5 +1,6 @@
 """Composition of the objective: stages, absent teachers, masks, zero weights; checks C7, C8, D4 and E."""
 
+import dataclasses
 import operator
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from histokd_jax import losses
-from histokd_jax.methods.mkd.objective import ObjectiveSpec, loss_terms, objective
+from histokd_jax.methods.mkd.objective import TRACED, ObjectiveSpec, loss_terms, objective
 
 SLOTS = 4
 
@@ -50,6 +51,29 @@ def test_zero_weight_removes_the_term_from_the_graph():
     text = str(jax.make_jaxpr(lambda out: objective(spec, out, step_batch())[0])(outputs()))
     with_skd = str(jax.make_jaxpr(lambda out: objective(ObjectiveSpec(), out, step_batch())[0])(outputs()))
     assert text.count("dot_general") == 0 < with_skd.count("dot_general")
+
+
+@pytest.mark.parametrize("off", ["coral", "or", "skd", "clod"])
+@pytest.mark.parametrize("zero_rows", [False, True])
+def test_traced_weight_0_equals_the_term_removed_in_value_and_gradient(off, zero_rows):
+    out = {name: np.zeros_like(x) if zero_rows else x for name, x in outputs().items()}
+    spec = ObjectiveSpec(lambda_coral=2.0, alpha=0.5, temperature=2.0)
+    removed = dataclasses.replace(spec, **{f"lambda_{off}": 0.0})
+    values = {key: jnp.float32(getattr(removed, field)) for key, field in TRACED.items()}
+
+    def traced(out, values):
+        return objective(ObjectiveSpec().with_values(values), out, step_batch())[0]
+
+    ours = jax.jit(jax.value_and_grad(traced))(out, values)
+    theirs = jax.jit(jax.value_and_grad(lambda out: objective(removed, out, step_batch())[0]))(out)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert np.isfinite(a).all()
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_only_numbers_of_the_objective_can_be_data():
+    with pytest.raises(ValueError, match="'skd.scale'.*cannot vary"):
+        ObjectiveSpec().with_values({"skd.scale": jnp.ones(())})
 
 
 def test_skd_scale():
