@@ -80,7 +80,9 @@ def base() -> ConfigDict:
     cfg.ckpt = ConfigDict(dict(teachers="best_joint", every_epochs=5, keep=2))
     cfg.eval = ConfigDict(dict(teacher_dropout=False, slots=32))
     cfg.infer = ConfigDict(dict(mode="pathology", ensemble="none"))
-    cfg.mesh = ConfigDict(dict(data=1))
+    # data: devices that share the rows of a step; 0, or several processes: all. fsdp: they also share parameters and
+    # optimizer state. A run may be continued on another mesh.
+    cfg.mesh = ConfigDict(dict(data=1, fsdp=False))
     # control: train the same networks with every distillation weight at 0, for the paired comparison.
     cfg.compare = ConfigDict(dict(control=True))
     cfg.report = ConfigDict(dict(bootstrap=2000))

@@ -52,15 +52,21 @@ class StreamFeeder:
     """
 
     def __init__(self, mesh: Mesh, threads: int):
-        self._mesh, self._threads = mesh, threads
+        self._mesh = mesh
+        # Each process reads only its own rows of every step.
+        self._options = {
+            "num_threads": threads,
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+        }
 
     def train(self, source: StepSource, start_step: int = 0) -> Iterator[Fed]:
         """See `Feeder.train`."""
-        return map(self._put, StepIterator(source, start_step=start_step, num_threads=self._threads))
+        return map(self._put, StepIterator(source, start_step=start_step, **self._options))
 
     def evaluate(self, source: StepSource) -> Iterator[Fed]:
         """See `Feeder.evaluate`."""
-        return map(self._put, make_eval_dataset(source, num_threads=self._threads))
+        return map(self._put, make_eval_dataset(source, **self._options))
 
     def _put(self, host: Mapping[str, np.ndarray]) -> Fed:
         patches = int(np.count_nonzero(host[schema.SEGMENT_IDS]))

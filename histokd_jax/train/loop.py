@@ -24,7 +24,7 @@ from data_pipelines import schema
 from data_pipelines.cohort import Cohort
 from data_pipelines.pipeline import StepIterator
 from histokd_jax.evals.predictions import Predictions
-from histokd_jax.train import evaluate, optim, sharding
+from histokd_jax.train import distributed, evaluate, optim, sharding
 from histokd_jax.train.checkpoint import RunCheckpoints
 from histokd_jax.train.experiment import FoldData
 from histokd_jax.train.feed import Feeder
@@ -32,7 +32,7 @@ from histokd_jax.train.programs import Programs
 from histokd_jax.train.signals import Interrupted, StopRequest
 from histokd_jax.train.state import TrainState, init_params
 from histokd_jax.train.stopping import Stopper
-from histokd_jax.train.writer import MetricWriter
+from histokd_jax.train.writer import MetricWriter, NoWriter
 from histokd_jax.types import Stage
 
 STUDENT_GROUP = "S_P"
@@ -131,9 +131,10 @@ def fit(job: Job, stop: StopRequest) -> Fit:
     example = sharding.put_batch(job.programs.mesh, next(StepIterator(job.data.train, num_threads=0)))
     with RunCheckpoints(job.directory / "checkpoints", job.identity, job.cfg.ckpt.keep) as checkpoints:
         saved = checkpoints.progress()
+        distributed.check_agreement({"newest checkpoint": saved}, f"where fold {job.fold} stands")
         progress = Progress.from_json(saved) if saved else Progress()
         upto = _global_step(job, progress) if saved else -1
-        with MetricWriter(job.directory, upto) as writer:
+        with MetricWriter(job.directory, upto) if distributed.is_main() else NoWriter() as writer:
             for index in range(progress.stage, len(method.stages)):
                 stage = method.stages[index]
                 state = job.programs.start(stage, params, extra, jax.random.fold_in(rng, index), example)
@@ -145,7 +146,7 @@ def fit(job: Job, stop: StopRequest) -> Fit:
                 runner = _StageRunner(job, stage, checkpoints, writer, stop)
                 state, progress = runner.run(state, progress)
                 params, extra = _selected(job.cfg, stage, state, progress), state.extra
-    return Fit(params, extra, progress, job.data.train.plan.fill())
+    return Fit(job.programs.whole(params), extra, progress, job.data.train.plan.fill())
 
 
 def _global_step(job: Job, progress: Progress) -> int:
@@ -234,7 +235,8 @@ class _StageRunner:
         shown, stopper, improved = {"loss": f"{means['loss']:.3f}"}, progress.stopper, False
         if "val" in self.job.data.evaluation:
             metrics = self._validate(state)
-            monitor = evaluate.mean_auc(metrics, self.stage.monitor_modes)
+            # Hosts of different make may round differently, yet must stop at the same epoch.
+            monitor = distributed.broadcast(evaluate.mean_auc(metrics, self.stage.monitor_modes))
             self.writer.write(step, {**facts, "split": "val"}, {**metrics, "monitor": monitor})
             stopper, improved = stopper.update(monitor, epoch)
             shown |= {"val_auc": f"{monitor:.3f}", "best": f"{stopper.best:.3f}"}
@@ -281,6 +283,7 @@ def predict_part(job: Job, source, params: Any, extra: Any, key: jax.Array | Non
         step_key = None if key is None else jax.random.fold_in(key, number)
         return job.programs.predict(job.modes, params, extra, batch, step_key)
 
+    params = job.programs.whole(params)
     found = evaluate.predict_source(predict, source, job.feeder)
     # A jitted function returns dictionaries in the order of their keys; tables start with the deployed mode.
     return {mode: found[mode] for mode in job.modes}

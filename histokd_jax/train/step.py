@@ -65,7 +65,13 @@ def cached_loss_and_gradients(
 
 
 def make_train_step(
-    method: Method, tx: optax.GradientTransformation, stage: str, batching: str = "packed"
+    method: Method,
+    tx: optax.GradientTransformation,
+    stage: str,
+    batching: str = "packed",
+    *,
+    gather: Callable[[Any], Any] = lambda params: params,
+    scatter: Callable[[Any], Any] = lambda grads: grads,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, jax.Array]]:
     """The pure training step (state, batch, lr) -> (state, loss).
 
@@ -76,6 +82,8 @@ def make_train_step(
       tx: optimizer.
       stage: name of the stage, handed to the objective.
       batching: "packed" and "padded" share one graph; "grad_cache" holds one bag at a time.
+      gather: makes sharded parameters whole before the forward pass.
+      scatter: divides gradients as the optimizer state is divided.
 
     Raises:
       ValueError: unknown batching.
@@ -86,7 +94,9 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch, lr: jax.Array) -> tuple[TrainState, jax.Array]:
         key = jax.random.fold_in(state.rng, state.step)
-        loss, metrics, extra, grads = gradients(method, stage, state.params, state.extra, batch, key, state.step)
+        params = gather(state.params)
+        loss, metrics, extra, grads = gradients(method, stage, params, state.extra, batch, key, state.step)
+        grads = scatter(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         updates = jax.tree.map(lambda u: -lr.astype(u.dtype) * u, updates)
         one = jnp.ones(())

@@ -126,9 +126,18 @@ def from_json(text: str) -> ConfigDict:
     return ConfigDict(tuples(json.loads(text))).lock()
 
 
+EXECUTION = ("mesh.", "data.threads", "data.buffer_mib")
+"""Beginnings of the keys that say where a run computes, not what; they may change when a run is continued."""
+
+
+def identity(cfg: ConfigDict) -> dict[str, Any]:
+    """Dotted key -> value of every setting that decides what a run computes."""
+    return {key: value for key, value in flatten(cfg).items() if not key.startswith(EXECUTION)}
+
+
 def fingerprint(cfg: ConfigDict) -> str:
-    """sha256 of the resolved configuration."""
-    return hashlib.sha256(to_json(cfg).encode()).hexdigest()
+    """sha256 of `identity`."""
+    return hashlib.sha256(json.dumps(identity(cfg), sort_keys=True).encode()).hexdigest()
 
 
 def _find(name: str) -> pathlib.Path:
