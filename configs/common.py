@@ -85,9 +85,10 @@ def base() -> ConfigDict:
     cfg.ckpt = ConfigDict(dict(teachers="best_joint", every_epochs=5, keep=2))
     cfg.eval = ConfigDict(dict(teacher_dropout=False, slots=32))
     cfg.infer = ConfigDict(dict(mode="pathology", ensemble="none"))
-    # data: devices that divide the rows of a step; sequence: devices that divide the patches of every row; replica:
-    # devices over which the trainings of a sweep are divided. 0 takes all (data, replica).
-    cfg.mesh = ConfigDict(dict(data=1, sequence=1, replica=1))
+    # data: devices that divide the rows of a step; 0, or several processes: all that `sequence` leaves. sequence:
+    # devices that divide the patches of every row. fsdp: the data axis divides parameters and optimizer state as well.
+    # replica: devices over which the trainings of a sweep are divided; 0: all. A run may be continued on another mesh.
+    cfg.mesh = ConfigDict(dict(data=1, sequence=1, fsdp=False, replica=1))
     # control: train the same networks with every distillation weight at 0, for the paired comparison.
     cfg.compare = ConfigDict(dict(control=True))
     cfg.report = ConfigDict(dict(bootstrap=2000))

@@ -74,24 +74,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    _read_flags()
+    try:
+        return COMMANDS[args.command].run(args) or 0
+    except (Exception, KeyboardInterrupt) as error:
+        code, text = explain(error, args.command)
+        if not text or (args.verbose and code == 1):
+            raise
+        print(text, file=sys.stderr)
+        return code
+
+
+def explain(error: BaseException, command: str) -> tuple[int, str]:
+    """Exit code and one clear line for an expected error; an empty line for any other.
+
+    Args:
+      error: what ended the command.
+      command: its name.
+    """
     # Imported here so that --help needs no JAX.
     from histokd_jax.train.loop import DivergedError
     from histokd_jax.train.signals import Interrupted
 
-    _read_flags()
-    try:
-        return COMMANDS[args.command].run(args) or 0
-    except Interrupted as stopped:
-        print(f"histokd: {stopped}", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        print("histokd: interrupted; the newest checkpoint was kept", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, DivergedError) as error:
-        if args.verbose:
-            raise
-        print(f"histokd {args.command}: {error}", file=sys.stderr)
-        return 1
+    if isinstance(error, Interrupted):
+        return 130, f"histokd: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "histokd: interrupted; the newest checkpoint was kept"
+    if isinstance(error, (ValueError, OSError, DivergedError)):
+        return 1, f"histokd {command}: {error}"
+    return 1, ""
 
 
 def _without_checkpoint_threads(record: LogRecord) -> bool:

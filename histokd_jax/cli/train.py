@@ -5,12 +5,17 @@
 
 Any setting of the configuration can be replaced with --config.KEY=VALUE; an unknown key is refused with the nearest
 names. Running the same command again continues an interrupted run. --print-config shows the resolved settings.
+
+On several hosts the same command is started on each of them: SLURM, GKE and TPU VMs are recognised; elsewhere every
+process is given the address of process 0, the number of processes and its own number.
 """
 
 from __future__ import annotations
 
 import argparse
 import pathlib
+
+from histokd_jax.cli import processes
 
 HELP = "train all folds of a method and its control, then report"
 
@@ -22,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--allow-patient-overlap", action="store_true", help="accept patients in several parts, marked")
     parser.add_argument("--no-report", action="store_true", help="do not write report.html")
+    processes.add_arguments(parser)
     parser.set_defaults(takes_config=True)
 
 
@@ -38,17 +44,20 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.workdir is None:
         raise config.ConfigError("--workdir DIR is needed: where checkpoints, predictions and the report go")
-    train_and_report(cfg, args.workdir, args.argv, report=not args.no_report)
-    return 0
+    return processes.run(
+        args, args.workdir, lambda: train_and_report(cfg, args.workdir, args.argv, report=not args.no_report)
+    )
 
 
 def train_and_report(cfg, workdir: pathlib.Path, command: list[str], *, report: bool = True) -> None:
     """Shared by `train` and `demo`."""
     from histokd_jax.evals.summary import print_table
-    from histokd_jax.train import cache, run
+    from histokd_jax.train import cache, distributed, run
 
     cache.enable()
     summary = run.train(cfg, workdir, command)
+    if not distributed.is_main():
+        return
     print(print_table(summary))
     if report:
         from histokd_jax.report.build import build_report

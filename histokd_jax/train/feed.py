@@ -83,7 +83,13 @@ class StreamFeeder:
     identity: Mapping[str, str] = {}
 
     def __init__(self, mesh: Mesh, threads: int, facts: Mapping[str, Any] | None = None):
-        self._mesh, self._threads, self._facts = mesh, threads, dict(facts or {})
+        self._mesh, self._facts = mesh, dict(facts or {})
+        # Each process reads only its own rows of every step.
+        self._options = {
+            "num_threads": threads,
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+        }
 
     def report(self) -> dict[str, Any]:
         """See `Feeder.report`."""
@@ -95,11 +101,11 @@ class StreamFeeder:
 
     def train(self, source: StepSource, start_step: int = 0) -> Iterator[Fed]:
         """See `Feeder.train`."""
-        return map(self._put, StepIterator(source, start_step=start_step, num_threads=self._threads))
+        return map(self._put, StepIterator(source, start_step=start_step, **self._options))
 
     def evaluate(self, source: StepSource) -> Iterator[Fed]:
         """See `Feeder.evaluate`."""
-        return map(self._put, make_eval_dataset(source, num_threads=self._threads))
+        return map(self._put, make_eval_dataset(source, **self._options))
 
     def _put(self, host: Mapping[str, np.ndarray]) -> Fed:
         patches = int(np.count_nonzero(host[schema.SEGMENT_IDS]))

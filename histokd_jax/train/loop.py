@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data_pipelines import schema
 from data_pipelines.cohort import Cohort
 from histokd_jax.evals.predictions import Predictions
-from histokd_jax.train import evaluate, optim
+from histokd_jax.train import distributed, evaluate, optim
 from histokd_jax.train.checkpoint import RunCheckpoints
 from histokd_jax.train.experiment import FoldData
 from histokd_jax.train.feed import Feeder
@@ -31,7 +31,7 @@ from histokd_jax.train.programs import Programs
 from histokd_jax.train.signals import Interrupted, StopRequest
 from histokd_jax.train.state import TrainState, init_params
 from histokd_jax.train.stopping import Stopper
-from histokd_jax.train.writer import MetricWriter
+from histokd_jax.train.writer import MetricWriter, NoWriter
 from histokd_jax.types import Stage
 
 STUDENT_GROUP = "S_P"
@@ -129,9 +129,10 @@ def fit(job: Job, stop: StopRequest) -> Fit:
     example = job.feeder.shapes(job.data.train)
     with RunCheckpoints(job.directory / "checkpoints", job.identity, job.cfg.ckpt.keep) as checkpoints:
         saved = checkpoints.progress()
+        distributed.check_agreement({"newest checkpoint": saved}, f"where fold {job.fold} stands")
         progress = Progress.from_json(saved) if saved else Progress()
         upto = global_step(job, progress) if saved else -1
-        with MetricWriter(job.directory, upto) as writer:
+        with MetricWriter(job.directory, upto) if distributed.is_main() else NoWriter() as writer:
             for index in range(progress.stage, len(method.stages)):
                 stage = method.stages[index]
                 state = job.programs.start(stage, params, extra, jax.random.fold_in(rng, index), example)
@@ -143,7 +144,7 @@ def fit(job: Job, stop: StopRequest) -> Fit:
                 runner = _StageRunner(job, stage, checkpoints, writer, stop)
                 state, progress = runner.run(state, progress)
                 params, extra = selected_params(job.cfg, stage, state, progress), state.extra
-    return Fit(params, extra, progress, job.data.train.plan.fill())
+    return Fit(job.programs.whole(params), extra, progress, job.data.train.plan.fill())
 
 
 def stopped_early(cfg: ConfigDict, progress: Progress) -> bool:
@@ -236,7 +237,8 @@ class _StageRunner:
         shown, stopper, improved = {"loss": f"{means['loss']:.3f}"}, progress.stopper, False
         if "val" in self.job.data.evaluation:
             metrics = self._validate(state)
-            monitor = evaluate.mean_auc(metrics, self.stage.monitor_modes)
+            # Hosts of different make may round differently, yet must stop at the same epoch.
+            monitor = distributed.broadcast(evaluate.mean_auc(metrics, self.stage.monitor_modes))
             self.writer.write(step, {**facts, "split": "val"}, {**metrics, "monitor": monitor})
             stopper, improved = stopper.update(monitor, epoch)
             shown |= {"val_auc": f"{monitor:.3f}", "best": f"{stopper.best:.3f}"}
@@ -283,6 +285,7 @@ def predict_part(job: Job, source, params: Any, extra: Any, key: jax.Array | Non
         step_key = None if key is None else jax.random.fold_in(key, number)
         return job.programs.predict(job.modes, params, extra, batch, step_key)
 
+    params = job.programs.whole(params)
     found = evaluate.predict_source(predict, source, job.feeder)
     # A jitted function returns dictionaries in the order of their keys; tables start with the deployed mode.
     return {mode: found[mode] for mode in job.modes}

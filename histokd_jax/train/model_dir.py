@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from data_pipelines.genes import GeneSelection
 from histokd_jax.evals.predictions import atomic_writer
 from histokd_jax.methods import registry
+from histokd_jax.train import distributed
 from histokd_jax.train.checkpoint import CheckpointMismatchError, export_groups, load_groups, params_hash
 from histokd_jax.train.experiment import Experiment, FoldData
 from histokd_jax.types import DataSpec, Method
@@ -76,6 +77,8 @@ def export(directory: pathlib.Path, params: Any, experiment: Experiment, data: F
         },
         "params_sha256": {group: params_hash(tree) for group, tree in params.items()},
     }
+    if not distributed.is_main():
+        return
     with atomic_writer(directory / MODEL_FILE) as stream:
         json.dump(facts, stream, indent=2, sort_keys=True)
 

@@ -33,6 +33,7 @@ class Programs:
         self._cfg = cfg
         self._compiled: dict[Any, Any] = {}
         self._predict: dict[tuple[str, ...], Any] = {}
+        self._last_rate: tuple[float, jax.Array] | None = None
 
     def optimizer(self, stage: Stage, groups: Mapping[str, Any]):
         """The optimizer of a stage."""
@@ -48,7 +49,14 @@ class Programs:
         with jax.set_mesh(self.mesh):
             names = step.metric_names(self.method, stage.name, params, extra, batch)
         first = state.start_stage(params, extra, rng, self.optimizer(stage, params), names)
-        return jax.device_put(first, sharding.replicated(self.mesh))
+        return sharding.put_tree(first, self._shardings(first))
+
+    def _shardings(self, tree: Any) -> Any:
+        return sharding.state_shardings(self.mesh, tree, self._cfg.mesh.fsdp)
+
+    def whole(self, tree: Any) -> Any:
+        """The same arrays, complete on every device."""
+        return sharding.put_tree(tree, sharding.state_shardings(self.mesh, tree, fsdp=False))
 
     def train(self, stage: Stage, train_state: state.TrainState, batch: Mapping[str, jax.Array], lr: float):
         """One training step; donates `train_state`.
@@ -56,25 +64,38 @@ class Programs:
         Returns:
           (new state, loss).
         """
-        rate = jax.device_put(np.float32(lr), sharding.replicated(self.mesh))
+        rate = self._rate(lr)
         key = (stage.name, tuple((name, value.shape, value.dtype) for name, value in sorted(batch.items())))
         if key not in self._compiled:
             self._compiled[key] = self._compile(stage, train_state, batch, rate)
         return self._compiled[key](train_state, batch, rate)
 
+    def _rate(self, lr: float) -> jax.Array:
+        # It changes once per epoch; a NumPy scalar, because a Python number would be sent implicitly.
+        if self._last_rate is None or self._last_rate[0] != lr:
+            self._last_rate = lr, sharding.put_tree(np.float32(lr), sharding.replicated(self.mesh))
+        return self._last_rate[1]
+
     def _compile(self, stage: Stage, train_state, batch, rate):
+        divided, everywhere = self._shardings(train_state), sharding.replicated(self.mesh)
+        moves = {}
+        if self._cfg.mesh.fsdp:
+            # Parameters are gathered once per step, so that no pass over the patches meets a sharded kernel.
+            moves = {
+                "gather": lambda params: jax.lax.with_sharding_constraint(params, everywhere),
+                "scatter": lambda grads: jax.lax.with_sharding_constraint(grads, divided.params),
+            }
         body = step.make_train_step(
-            self.method, self.optimizer(stage, train_state.params), stage.name, self._cfg.train.batching
+            self.method, self.optimizer(stage, train_state.params), stage.name, self._cfg.train.batching, **moves
         )
 
         def counted(*args):
             self.traces += 1
             return body(*args)
 
-        everywhere = sharding.replicated(self.mesh)
         with jax.set_mesh(self.mesh):
             compiled = (
-                jax.jit(counted, donate_argnums=0, out_shardings=(everywhere, everywhere))
+                jax.jit(counted, donate_argnums=0, out_shardings=(divided, everywhere))
                 .lower(train_state, batch, rate)
                 .compile()
             )
@@ -90,6 +111,10 @@ class Programs:
     def predict(self, modes: tuple[str, ...], params: Any, extra: Any, batch: Mapping[str, jax.Array], key=None):
         """{mode: {"prob" [S, C], ...}} of one step; `key` turns on dropout in the teachers."""
         if modes not in self._predict:
-            self._predict[modes] = jax.jit(step.make_predict_step(self.method, modes))
+            self._predict[modes] = jax.jit(
+                step.make_predict_step(self.method, modes), out_shardings=sharding.replicated(self.mesh)
+            )
+        if key is not None:
+            key = self.whole(key)
         with jax.set_mesh(self.mesh):
             return self._predict[modes](params, extra, batch, key)

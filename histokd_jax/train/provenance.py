@@ -11,6 +11,10 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+from ml_collections import ConfigDict
+
+from data_pipelines.manifest import Manifest
 from histokd_jax import __version__
 from histokd_jax.train.experiment import Experiment, FoldData
 from histokd_jax.utils import config as config_utils
@@ -35,6 +39,20 @@ def git_revision() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def host_facts(cfg: ConfigDict) -> dict[str, Any]:
+    """What must be equal on all processes of a run before any of them reads data.
+
+    Args:
+      cfg: resolved configuration.
+    """
+    facts = {f"config {key}": value for key, value in config_utils.flatten(cfg).items()}
+    facts |= {f"version of {name}": version for name, version in versions().items()}
+    facts["git revision"] = git_revision()
+    if cfg.data.dir:
+        facts["data set"] = Manifest.load(cfg.data.dir).fingerprint()
+    return facts
 
 
 def run_manifest(experiment: Experiment, folds: Mapping[int, FoldData], command: Sequence[str]) -> dict[str, Any]:
@@ -76,6 +94,8 @@ def run_manifest(experiment: Experiment, folds: Mapping[int, FoldData], command:
         "split_hashes": splits,
         "config_fingerprint": config_utils.fingerprint(experiment.cfg),
         "versions": versions(),
+        "processes": jax.process_count(),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "git": git_revision(),
         "command": " ".join(command),
     }

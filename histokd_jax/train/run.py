@@ -29,7 +29,7 @@ from histokd_jax.evals.predictions import (
     write_predictions,
 )
 from histokd_jax.methods import registry
-from histokd_jax.train import feed, loop, model_dir, provenance, sharding
+from histokd_jax.train import distributed, feed, loop, model_dir, provenance, sharding
 from histokd_jax.train.checkpoint import CheckpointMismatchError
 from histokd_jax.train.experiment import Experiment, FoldData, fold_data, load_experiment, resolve_width, share_shapes
 from histokd_jax.train.feed import Feeder
@@ -55,14 +55,15 @@ def train(cfg: ConfigDict, workdir: pathlib.Path, command: Sequence[str] = ()) -
       ValueError: contradictory configuration or bad data.
       Interrupted: a signal arrived; checkpoints were written.
     """
-    cfg = resolve_width(cfg)
+    cfg = sharding.resolve_mesh(resolve_width(cfg))
     registry.method_module(cfg.method).validate(cfg)
+    distributed.check_agreement(provenance.host_facts(cfg), "configuration, data or versions")
     experiment = load_experiment(cfg)
     numbers = fold_numbers(cfg.fold, len(experiment.folds))
     with storage_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
     cohorts = CohortCache()
-    with StopRequest() as stop:
+    with StopRequest() if distributed.is_alone() else distributed.AgreedStop() as stop:
         result = _arm(experiment, numbers, workdir, command, stop, "student + distillation", cohorts)
         control = control_config(cfg)
         if control is not None:
@@ -161,6 +162,12 @@ def open_arm(
       CheckpointMismatchError: the directory holds a run with another configuration.
     """
     _claim(directory, experiment.cfg)
+    identities = {
+        f"fold {k}, {name}": value
+        for k, data in folds.items()
+        for name, value in identity(experiment.cfg, data).items()
+    }
+    distributed.check_agreement(identities, "what they train on")
     facts = {**provenance.run_manifest(experiment, folds, command), "input": dict(source)}
     _write_json(directory / "run_manifest.json", facts)
     return Arm(experiment, folds, directory, facts, title)
@@ -176,7 +183,7 @@ def close_arm(arm: Arm) -> dict[str, Any]:
                 read_predictions(arm.directory / f"fold_{k}" / f"predictions_{part}.csv")
             )
     joined = {part: concatenate(found) for part, found in tables.items()}
-    for part, table in joined.items():
+    for part, table in joined.items() if distributed.is_main() else ():
         write_predictions(arm.directory / f"predictions_{part}.csv", table)
     return write_summary(arm.directory, joined["test"], arm.experiment.cfg, arm.facts)
 
@@ -223,7 +230,8 @@ def write_summary(
     """Computes and writes summary.json of an arm."""
     facts = {key: manifest[key] for key in ("task", "method", "simulated", "patient_overlap", "dataset", "seed")}
     summary = summaries.summarise(test, num_classes=test.num_classes, facts=facts, **resampling(cfg))
-    summaries.write_summary(directory / "summary.json", summary)
+    if distributed.is_main():
+        summaries.write_summary(directory / "summary.json", summary)
     return summary
 
 
@@ -242,12 +250,13 @@ def _claim(directory: pathlib.Path, cfg: ConfigDict) -> None:
     """Writes config.json, or refuses a folder that belongs to another configuration."""
     path = directory / "config.json"
     text = config_utils.to_json(cfg)
-    if path.exists() and path.read_text() != text:
-        old = config_utils.flatten(config_utils.from_json(path.read_text()))
-        new = config_utils.flatten(config_utils.from_json(text))
+    # Read by one process: the others might already see what it writes.
+    there = distributed.broadcast(path.read_text() if path.exists() else None)
+    if there is not None:
+        old = config_utils.identity(config_utils.from_json(there))
+        new = config_utils.identity(config_utils.from_json(text))
         changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
-        # A run may be continued with its batches coming from elsewhere, as long as they are the same.
-        if not set(changed) <= set(config_utils.EXECUTION_KEYS):
+        if changed:
             raise CheckpointMismatchError(
                 f"{directory.name} holds a run with another configuration: "
                 + ", ".join(f"{k} ({old.get(k)!r} there, {new.get(k)!r} now)" for k in changed)
@@ -255,8 +264,9 @@ def _claim(directory: pathlib.Path, cfg: ConfigDict) -> None:
             )
     with storage_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    with atomic_writer(path) as stream:
-        stream.write(text)
+    if distributed.is_main():
+        with atomic_writer(path) as stream:
+            stream.write(text)
 
 
 def identity(cfg: ConfigDict, data: FoldData) -> dict[str, str]:
@@ -272,7 +282,9 @@ def finish_fold(job: loop.Job, experiment: Experiment, result: loop.Fit) -> None
     """Exports the model of a trained fold, writes its predictions and, last, fold.json, which marks it finished."""
     model_dir.export(job.directory / "model", result.params, experiment, job.data, job.fold)
     for part in job.data.evaluation:
-        write_predictions(job.directory / f"predictions_{part}.csv", loop.predictions(job, part, result))
+        table = loop.predictions(job, part, result)
+        if distributed.is_main():
+            write_predictions(job.directory / f"predictions_{part}.csv", table)
     _write_json(
         job.directory / "fold.json",
         {
@@ -283,15 +295,17 @@ def finish_fold(job: loop.Job, experiment: Experiment, result: loop.Fit) -> None
             "traces": job.programs.traces,
         },
     )
+    distributed.barrier("fold finished")
     logging.info("fold %d finished: best epoch %d", job.fold, result.progress.stopper.best_epoch)
 
 
 def is_finished(job: loop.Job) -> bool:
     """Whether the fold was completed earlier; refuses one that was completed with other inputs."""
     path = job.directory / "fold.json"
-    if not path.exists():
+    text = distributed.broadcast(path.read_text() if path.exists() else None)
+    if text is None:
         return False
-    saved = json.loads(path.read_text())["identity"]
+    saved = json.loads(text)["identity"]
     if saved != dict(job.identity):
         changed = sorted(k for k in {*saved, *job.identity} if saved.get(k) != job.identity.get(k))
         raise CheckpointMismatchError(
@@ -301,5 +315,7 @@ def is_finished(job: loop.Job) -> bool:
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:
+    if not distributed.is_main():
+        return
     with atomic_writer(path) as stream:
         json.dump(value, stream, indent=2, sort_keys=True)

@@ -8,10 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from data_pipelines import schema
 
 DATA, SEQUENCE, REPLICA = "data", "sequence", "replica"
+
+FSDP_MIN_SIZE = 2**10
+"""Arrays with fewer elements are replicated: sharding them saves nothing and costs a collective each."""
 
 
 def make_mesh(data: int = 1, sequence: int = 1) -> Mesh:
@@ -31,6 +35,11 @@ def make_mesh(data: int = 1, sequence: int = 1) -> Mesh:
     if count * sequence > len(devices):
         product = f"mesh.data={count}" + (f" x mesh.sequence={sequence}" if sequence > 1 else "")
         raise ValueError(f"{product}, but only {len(devices)} {devices[0].platform} devices are present")
+    if jax.process_count() > 1 and count * sequence != len(devices):
+        raise ValueError(
+            f"mesh.data={count} x mesh.sequence={sequence}, but the {jax.process_count()} processes have "
+            f"{len(devices)} devices: every process must take part; set mesh.data=0 for all of them"
+        )
     # Auto, because the library default (Explicit) rejects Linen's constraints.
     grid = np.asarray(devices[: count * sequence]).reshape(count, sequence)
     if any(len({d.process_index for d in row}) > 1 for row in grid):
@@ -60,6 +69,19 @@ def make_replica_mesh(count: int = 1) -> Mesh:
 def by_replica(mesh: Mesh) -> NamedSharding:
     """The sharding of everything with a leading replica axis."""
     return NamedSharding(mesh, PartitionSpec(REPLICA))
+
+
+def resolve_mesh(cfg: ConfigDict) -> ConfigDict:
+    """The configuration with the devices and rows of this run filled in, so that the record is explicit.
+
+    `mesh.data` = 0 becomes all devices that `mesh.sequence` leaves, as does the default of 1 with several processes,
+    since each of them must take part. `data.rows` = 0 becomes one row per device of the data axis.
+    """
+    resolved = ConfigDict(cfg.to_dict())
+    if cfg.mesh.data == 0 or (cfg.mesh.data == 1 and jax.process_count() > 1):
+        resolved.mesh.data = max(jax.device_count() // cfg.mesh.sequence, 1)
+    resolved.data.rows = cfg.data.rows or resolved.mesh.data
+    return resolved.lock()
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -118,9 +140,7 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
 
 def put_replicated(mesh: Mesh, values: Any) -> Any:
     """A pytree of host arrays, equal on all processes -> the same on every device of the mesh."""
-    everywhere = replicated(mesh)
-    # `device_put` would compare the values of all processes, at the cost of a collective each time.
-    return jax.tree.map(lambda value: jax.make_array_from_process_local_data(everywhere, value), values)
+    return jax.tree.map(lambda value: _put(value, replicated(mesh)), values)
 
 
 def _check_slots(batch: Mapping[str, np.ndarray], ids: np.ndarray, processes: int) -> None:
@@ -136,3 +156,46 @@ def _check_slots(batch: Mapping[str, np.ndarray], ids: np.ndarray, processes: in
             f"a step of {slides} slides does not fit into {ids.shape[0] * processes} rows of {ids.shape[1]} patches: "
             "every slide needs at least one; lower train.b or raise data.row_multiple"
         )
+
+
+def state_shardings(mesh: Mesh, tree: Any, fsdp: bool) -> Any:
+    """Where the leaves of a training state live.
+
+    Args:
+      mesh: the mesh of the run.
+      tree: arrays or their shapes.
+      fsdp: False replicates everything. True divides each array over "data" along its largest dimension that the number
+        of devices divides (the first of several); arrays with none, or below `FSDP_MIN_SIZE` elements, are replicated.
+
+    Returns:
+      A tree of NamedSharding.
+    """
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, _fsdp_spec(leaf.shape, mesh.shape[DATA], fsdp)), tree)
+
+
+def _fsdp_spec(shape: tuple[int, ...], devices: int, fsdp: bool) -> PartitionSpec:
+    divisible = [size if size % devices == 0 else 0 for size in shape]
+    if not fsdp or devices == 1 or int(np.prod(shape)) < FSDP_MIN_SIZE or not any(divisible):
+        return PartitionSpec()
+    axis = divisible.index(max(divisible))
+    return PartitionSpec(*[None] * axis, DATA)
+
+
+def put_tree(tree: Any, shardings: Any) -> Any:
+    """Arrays onto a mesh that may span processes.
+
+    Args:
+      tree: arrays that every process holds alike, or global arrays.
+      shardings: a tree of NamedSharding.
+    """
+    return jax.tree.map(_put, tree, shardings)
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    if sharding.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+        return jax.device_put(leaf, sharding)
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_put(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
+    # Not device_put, which would compare the values between the processes each time.
+    host = jax.device_get(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

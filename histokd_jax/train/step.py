@@ -67,7 +67,13 @@ def cached_loss_and_gradients(
 
 
 def make_train_step(
-    method: Method, tx: optax.GradientTransformation, stage: str, batching: str = "packed"
+    method: Method,
+    tx: optax.GradientTransformation,
+    stage: str,
+    batching: str = "packed",
+    *,
+    gather: Callable[[Any], Any] = lambda params: params,
+    scatter: Callable[[Any], Any] = lambda grads: grads,
 ) -> Callable[..., tuple[TrainState, jax.Array]]:
     """The pure training step (state, batch, lr, values=None) -> (state, loss).
 
@@ -79,6 +85,8 @@ def make_train_step(
       tx: optimizer.
       stage: name of the stage, handed to the objective.
       batching: "packed" and "padded" share one graph; "grad_cache" holds one bag at a time.
+      gather: makes sharded parameters whole before the forward pass.
+      scatter: divides gradients as the optimizer state is divided.
 
     Raises:
       ValueError: unknown batching.
@@ -91,8 +99,9 @@ def make_train_step(
         state: TrainState, batch: Batch, lr: jax.Array, values: Mapping[str, jax.Array] | None = None
     ) -> tuple[TrainState, jax.Array]:
         key = jax.random.fold_in(state.rng, state.step)
-        chosen = with_values(method, values)
-        loss, metrics, extra, grads = gradients(chosen, stage, state.params, state.extra, batch, key, state.step)
+        params, chosen = gather(state.params), with_values(method, values)
+        loss, metrics, extra, grads = gradients(chosen, stage, params, state.extra, batch, key, state.step)
+        grads = scatter(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         updates = jax.tree.map(lambda u: -lr.astype(u.dtype) * u, updates)
         one = jnp.ones(())

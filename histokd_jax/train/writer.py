@@ -56,3 +56,16 @@ class MetricWriter:
         for name, value in values.items():
             if value is not None:
                 self._board.add_scalar(f"{facts.get('split', 'train')}/{name}", value, step)
+
+
+class NoWriter:
+    """Takes the place of `MetricWriter` where nothing is written: on all processes but the first."""
+
+    def __enter__(self) -> NoWriter:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        pass
+
+    def write(self, step: int, facts: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Writes nothing; arguments as in `MetricWriter.write`."""

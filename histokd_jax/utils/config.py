@@ -18,10 +18,6 @@ from ml_collections import ConfigDict, FieldReference
 SHIPPED = (pathlib.Path(__file__).parents[1] / "configs", pathlib.Path(__file__).parents[2] / "configs")
 """Where the named configurations lie: package data of an installed wheel, or the source tree."""
 
-EXECUTION_KEYS = ("data.resident", "data.resident_dtype", "data.resident_gib")
-"""Settings of where batches come from. They do not count as the configuration of a run: what they may change of its
-numbers is part of the identity of its batches (`histokd_jax.train.feed.Feeder.identity`)."""
-
 _LITERALS = {"true": "True", "false": "False", "none": "None", "null": "None"}
 
 
@@ -179,10 +175,19 @@ def from_json(text: str) -> ConfigDict:
     return ConfigDict(tuples(json.loads(text))).lock()
 
 
+EXECUTION = ("mesh.", "data.threads", "data.buffer_mib", "data.resident")
+"""Beginnings of the keys that say where a run computes and where its batches come from, not what it computes; they may
+change when a run is continued. What they may change of its numbers (int8 patches) is part of `Feeder.identity`."""
+
+
+def identity(cfg: ConfigDict) -> dict[str, Any]:
+    """Dotted key -> value of every setting that decides what a run computes."""
+    return {key: value for key, value in flatten(cfg).items() if not key.startswith(EXECUTION)}
+
+
 def fingerprint(cfg: ConfigDict) -> str:
-    """sha256 of the resolved configuration without `EXECUTION_KEYS`."""
-    flat = {key: value for key, value in flatten(cfg).items() if key not in EXECUTION_KEYS}
-    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
+    """sha256 of `identity`."""
+    return hashlib.sha256(json.dumps(identity(cfg), sort_keys=True).encode()).hexdigest()
 
 
 def _find(name: str) -> pathlib.Path:
