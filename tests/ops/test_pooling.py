@@ -198,8 +198,10 @@ def test_other_axes_of_the_mesh_are_left_alone(impl):
         many = step(placed)
         sent = hlo.collective_bytes(step.lower(placed).compile().as_text())
     for k in range(2):
-        one = jax.grad(lambda p: jnp.sum(pool(p, x, seg, pos, 4, 8)[0] ** 2))(jax.tree.map(lambda p: p[k], stacked))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[k], b, rtol=2e-4, atol=1e-5), many, one)
+        one = jax.grad(lambda p: jnp.sum(pool(p, x, seg, pos, 4, 8)[0] ** 2))(
+            jax.tree.map(lambda p, k=k: p[k], stacked)
+        )
+        jax.tree.map(lambda a, b, k=k: np.testing.assert_allclose(a[k], b, rtol=2e-4, atol=1e-5), many, one)
     assert set(sent) == {"all-reduce"} and sent["all-reduce"] < 2 * sum(p.nbytes for p in params.values())
 
 
@@ -244,9 +246,8 @@ def test_bfloat16_products_with_float32_sums_and_finite_gradients(impl):
 
     grad = jax.grad(value, argnums=(1, 2))
     low, full = grad(jnp.bfloat16, net, dirty), grad(None, net, dirty)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=0.05 * float(jnp.max(jnp.abs(b))) + 1e-3), low, full
-    )
+    scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(full[0]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.03 * scale), low, full)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(low))
     jaxpr = jax.make_jaxpr(lambda net, x: grad(jnp.bfloat16, net, x))(net, dirty)
     dots = list(products(jaxpr.jaxpr))

@@ -119,6 +119,7 @@ def test_sharded_equals_one_device(impl, data, sequence):
 @both
 def test_bfloat16_is_finite_and_close(impl):
     params, queries, x, seg = f32(make())
+    queries = 0.3 * queries  # a softmax so sharp that it rests on one patch would show the rounding of its score
 
     def grads(dtype):
         return jax.grad(lambda p, q: jnp.sum(pool(p, q, x.astype(dtype), seg, impl)[0] ** 2), argnums=(0, 1))(
@@ -128,7 +129,7 @@ def test_bfloat16_is_finite_and_close(impl):
     low, full = grads(jnp.bfloat16), grads(jnp.float32)
     for a, b in zip(jax.tree.leaves(low), jax.tree.leaves(full)):
         assert a.dtype == jnp.float32 and np.isfinite(a).all()
-        np.testing.assert_allclose(a, b, atol=0.05 * float(jnp.max(jnp.abs(b))))
+        assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b)
 
 
 def test_memory_does_not_grow_with_the_bag():

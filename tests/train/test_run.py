@@ -99,6 +99,19 @@ def test_two_runs_are_equal_and_the_step_is_traced_once(tiny_config, tmp_path):
     assert traces == 1, "all folds share one compiled step"
 
 
+@pytest.mark.parametrize("sequence", [1, 2])
+def test_a_run_on_a_mesh_equals_one_device(tiny_config, tmp_path, sequence):
+    """Four devices, by rows and by patches of a row: the same predictions and losses to rounding."""
+    changes = {"data__rows": 4, "train__max_epochs": 2}
+    run.train(tiny_config(**changes), tmp_path / "one")
+    run.train(tiny_config(**changes, mesh__data=4 // sequence, mesh__sequence=sequence), tmp_path / "many")
+    one, many = (read_predictions(tmp_path / name / "predictions_test.csv") for name in ("one", "many"))
+    assert one.slide_id == many.slide_id
+    np.testing.assert_allclose(one.probs, many.probs, atol=2e-4)
+    losses = [[line["loss"] for line in curve(tmp_path / name) if "loss" in line] for name in ("one", "many")]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
 def test_finished_folds_are_not_trained_again(tiny_config, trained_copy, monkeypatch):
     before = files(trained_copy)
     monkeypatch.setattr(loop, "fit", lambda *_: pytest.fail("trained a finished fold"))

@@ -7,6 +7,7 @@ import pytest
 
 from histokd_jax.methods import registry
 from histokd_jax.train import experiment, optim, sharding, state, step
+from histokd_jax.utils import hlo
 
 ROWS_MULTIPLE = 8
 
@@ -132,19 +133,69 @@ def test_check_I5_trailing_partial_group_causes_no_update(tiny_config):
     assert (data.train.plan.slide >= 0).all()
 
 
-@pytest.mark.parametrize("devices", [2, 8])
-def test_one_device_equals_many(tiny_config, devices):
+@pytest.mark.parametrize("pool", ["chunked", "segment"])
+@pytest.mark.parametrize(("devices", "sequence"), [(2, 1), (8, 1), (2, 4)])
+def test_one_device_equals_many(tiny_config, devices, sequence, pool):
     """The same global batch gives the same loss and gradients; batch-coupled terms see all slides."""
-    _, method, data = build(tiny_config, data__rows=ROWS_MULTIPLE)
+    _, method, data = build(tiny_config, data__rows=ROWS_MULTIPLE, data__pool=pool)
     batch, key = first_batch(data), jax.random.key(1)
     params, _ = method.init(jax.random.key(0))
     want = gradients(method, params, batch, key)
-    mesh = sharding.make_mesh(devices)
+    mesh = sharding.make_mesh(devices, sequence)
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, sharding.replicated(mesh))
         got = gradients(method, placed, sharding.put_batch(mesh, batch), key)
     np.testing.assert_allclose(want[0], got[0], rtol=1e-5)
     close(want[1], got[1])
+
+
+def test_grad_cache_divides_its_row_over_the_sequence_axis(tiny_config):
+    _, method, data = build(tiny_config, train__batching="padded")
+    batch, key = first_batch(data), jax.random.key(1)
+    params, _ = method.init(jax.random.key(0))
+    want = gradients(method, params, batch, key)
+    mesh = sharding.make_mesh(1, 4)
+    with jax.set_mesh(mesh):
+        got = gradients(method, params, sharding.put_batch(mesh, batch), key, cached=True)
+    np.testing.assert_allclose(want[0], got[0], rtol=1e-5)
+    close(want[1], got[1])
+
+
+def compiled_step(method, batch, mesh, params):
+    """HLO text of the whole training step, optimizer included."""
+    tx = optim.make_optimizer(
+        weight_decay=1e-5, decay_bias=True, trainable=method.stages[0].trainable, groups=tuple(params)
+    )
+    names = step.metric_names(method, "online", params, {}, batch)
+    start = jax.device_put(state.start_stage(params, {}, jax.random.key(3), tx, names), sharding.replicated(mesh))
+    shapes = {
+        k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding.field_sharding(mesh, k)) for k, v in batch.items()
+    }
+    train = step.make_train_step(method, tx, "online")
+    with jax.set_mesh(mesh):
+        return jax.jit(train).lower(start, shapes, jnp.float32(1e-3)).compile().as_text()
+
+
+@pytest.mark.parametrize("pool", ["chunked", "segment"])
+@pytest.mark.parametrize(("devices", "sequence"), [(8, 1), (2, 4)])
+def test_bytes_sent_are_bounded_by_parameters_and_embeddings_whatever_the_bags(tiny_config, devices, sequence, pool):
+    """Read from the compiled program: no patch travels, and ten times longer rows send the same bytes."""
+    cfg, method, data = build(tiny_config, data__rows=ROWS_MULTIPLE, data__pool=pool)
+    batch = first_batch(data)
+    params, _ = method.init(jax.random.key(0))
+    mesh = sharding.make_mesh(devices, sequence)
+    sent = []
+    for times in (1, 10):
+        longer = {k: np.concatenate([v] * times, 1) if v.ndim > 1 and v.shape[0] == ROWS_MULTIPLE else v
+                  for k, v in batch.items()}  # fmt: skip
+        sent.append(hlo.collective_bytes(compiled_step(method, longer, mesh, params)))
+    assert sent[0] == sent[1]
+    assert set(sent[0]) == {"all-reduce"}
+    embeddings = 4 * cfg.train.b * cfg.model.d
+    bags = [params["S_P"]["bag"], params["T_M"]["bag"]]
+    encoders = sum(leaf.nbytes for leaf in jax.tree.leaves(bags))
+    # Gradients of the two bag encoders, and for each of them sums [b, d] with two numbers per slide beside them.
+    assert encoders <= sent[0]["all-reduce"] <= encoders + 2 * (embeddings + 2 * 4 * cfg.train.b) + 64
 
 
 def test_unknown_batching_is_refused():
@@ -159,5 +210,27 @@ def test_more_devices_than_present_are_refused():
 
 def test_rows_that_do_not_divide_over_devices_are_refused(tiny_config):
     _, _, data = build(tiny_config, data__rows=3)
-    with pytest.raises(ValueError, match="data.rows"):
+    with pytest.raises(ValueError, match="data.rows to a multiple of 2"):
         sharding.put_batch(sharding.make_mesh(2), first_batch(data))
+    with pytest.raises(ValueError, match="data.row_multiple to a multiple of 5"):
+        sharding.put_batch(sharding.make_mesh(1, 5), first_batch(data))
+
+
+def test_a_mesh_takes_all_devices_that_the_sequence_axis_leaves():
+    assert dict(sharding.make_mesh(0, 4).shape) == {"data": 2, "sequence": 4}
+    with pytest.raises(ValueError, match="mesh.data=4 x mesh.sequence=4"):
+        sharding.make_mesh(4, 4)
+    with pytest.raises(ValueError, match="mesh.sequence=0"):
+        sharding.make_mesh(1, 0)
+
+
+def test_more_slots_than_a_row_holds_is_refused(tiny_config):
+    _, _, data = build(tiny_config)
+    batch, mesh = first_batch(data), sharding.make_mesh()
+    slots = len(batch["weight"])
+    fewer = {**batch, "weight": batch["weight"][:-1]}
+    with pytest.raises(ValueError, match=f"reach {slots}, but it has {slots - 1} slots"):
+        sharding.put_batch(mesh, fewer)
+    rows = {k: batch[k][:, : slots - 1] for k in ("patches", "segment_ids", "positions")}
+    with pytest.raises(ValueError, match=f"{slots} slides does not fit into 1 rows of {slots - 1} patches"):
+        sharding.put_batch(mesh, {**batch, **rows})

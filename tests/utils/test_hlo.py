@@ -6,9 +6,11 @@ import pytest
 
 from histokd_jax.utils import hlo
 
+REPLICATED = jax.P()
 
-def compiled(fn, *args, out=jax.P(), devices=4):
-    mesh = jax.make_mesh((devices,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+def compiled(fn, *args, out=REPLICATED):
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     with jax.set_mesh(mesh):
         mapped = jax.shard_map(fn, in_specs=jax.P("x"), out_specs=out, check_vma=False)
         return jax.jit(mapped).lower(*args).compile().as_text()
