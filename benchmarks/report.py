@@ -23,8 +23,10 @@ def load_results(folder: pathlib.Path) -> list[dict[str, Any]]:
     records = []
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
-        if not isinstance(record, dict) or record.get("schema") != common.SCHEMA:
-            raise ValueError(f"{path.name} is not a benchmark result of schema {common.SCHEMA}: remove or rerun it")
+        try:
+            common.check_record(record)
+        except ValueError as e:
+            raise ValueError(f"{path.name} {e}") from e
         records.append(record)
     if not records:
         raise ValueError(f"no results (*.json) in {folder.name}: run e.g. `python -m benchmarks.bench_step` first")
