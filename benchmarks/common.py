@@ -19,6 +19,11 @@ SCHEMA = 1
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array_record", "numpy", "torch")
+FIELDS = (
+    "schema", "benchmark", "git", "timestamp", "host", "device_kind", "n_devices", "versions", "config", "metrics",
+    "derived", "notes",
+)  # fmt: skip
+METRIC_FIELDS = ("median", "p10", "p90", "n", "unit")
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 """glibc settings that keep large buffers from being mapped and unmapped for every read."""
 
@@ -114,12 +119,36 @@ def write_result(
         "derived": dict(derived),
         "notes": notes,
     }
+    check_record(record)
     target = pathlib.Path(path) if path is not None else RESULTS / f"{benchmark}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=2, allow_nan=False)
     target.write_text(text + "\n")
     print(text)
     return record
+
+
+def check_record(record: Any) -> None:
+    """Refuses anything that is not a result of the common schema.
+
+    Args:
+      record: a parsed JSON file.
+
+    Raises:
+      ValueError: naming what is absent, unknown or malformed.
+    """
+    if not isinstance(record, Mapping) or record.get("schema") != SCHEMA:
+        raise ValueError(f"is not a benchmark result of schema {SCHEMA}: remove or rerun it")
+    if set(record) != set(FIELDS):
+        raise ValueError(f"has other keys than a benchmark result: {sorted(set(record) ^ set(FIELDS))} differ")
+    if set(record["host"]) != {"cpu", "cores", "memory_gib"}:
+        raise ValueError(f"host is {sorted(record['host'])}; expected cpu, cores and memory_gib")
+    for name, found in record["metrics"].items():
+        if set(found) != set(METRIC_FIELDS):
+            raise ValueError(f"metric {name!r} has the keys {sorted(found)}; expected {METRIC_FIELDS}")
+        low, middle, high = found["p10"], found["median"], found["p90"]
+        if not (np.isfinite([low, middle, high]).all() and low <= middle <= high and found["n"] >= 1):
+            raise ValueError(f"metric {name!r} is {found}; expected finite p10 <= median <= p90 of n >= 1 values")
 
 
 def git_revision() -> str:

@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn import functional
 
 Bag = tuple[torch.Tensor, torch.Tensor]
-"""(patches [n, D] float32, label [1] int64)."""
+"""(patches [n, D] float32 or bfloat16, label [1] int64)."""
+CPU = torch.device("cpu")
 
 
 class _GatedAttention(nn.Module):
@@ -74,11 +75,31 @@ class StudentPeer(nn.Module):
         self.load_state_dict({name: torch.tensor(np.asarray(value)) for name, value in state.items()})
 
 
-def bags_of(batch: Mapping[str, np.ndarray]) -> list[Bag]:
-    """The slides of a packed host batch as tensors that share its memory.
+def device_for(backend: str) -> torch.device:
+    """The PyTorch device of the same kind as JAX's backend, so that both sides have the same machine.
+
+    Args:
+      backend: `jax.default_backend()`.
+
+    Raises:
+      ValueError: if PyTorch has no such device here.
+    """
+    if backend == "cpu":
+        return torch.device("cpu")
+    if backend == "gpu" and torch.cuda.is_available():
+        # XLA's default for products of float32 operands; "highest" would handicap the peer.
+        torch.set_float32_matmul_precision("high")
+        return torch.device("cuda")
+    raise ValueError(f"JAX runs on {backend}, and this PyTorch build has no device of that kind")
+
+
+def bags_of(batch: Mapping[str, np.ndarray], device: torch.device = CPU, bfloat16: bool = False) -> list[Bag]:
+    """The slides of a packed host batch as tensors; on CPU in float32 they share its memory.
 
     Args:
       batch: packed step with "patches" [R, L, D] float32, "segment_ids" and "label".
+      device: where the bags lie.
+      bfloat16: store the patches in bfloat16.
 
     Returns:
       One entry per slide, in slot order.
@@ -88,50 +109,67 @@ def bags_of(batch: Mapping[str, np.ndarray]) -> list[Bag]:
     # A slide is contiguous in the stream of the step, also where it spans rows.
     counts = np.bincount(ids, minlength=len(batch["label"]) + 1)[1:]
     stops = np.cumsum(counts)
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
     return [
-        (torch.from_numpy(patches[stop - count : stop]), torch.tensor([int(label)]))
+        (
+            torch.from_numpy(patches[stop - count : stop]).to(device, dtype),
+            torch.tensor([int(label)], device=device),
+        )
         for stop, count, label in zip(stops, counts, batch["label"])
         if count
     ]
 
 
-def accumulate(network: nn.Module, bags: Sequence[Bag]) -> float:
+def accumulate(network: nn.Module, bags: Sequence[Bag], bfloat16: bool = False) -> torch.Tensor:
     """Adds the gradient of the mean cross-entropy of a step to the parameters, one bag at a time.
 
     Args:
       network: patches [n, D] -> logits [1, C].
       bags: the b slides of the step.
+      bfloat16: run the network under autocast to bfloat16, with float32 parameters, as users do.
 
     Returns:
-      The mean loss.
+      [] the mean loss, not waited for.
     """
-    total = torch.zeros(())
+    device = bags[0][0].device
+    total = torch.zeros((), device=device)
     for patches, label in bags:
-        loss = functional.cross_entropy(network(patches), label) / len(bags)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            logits = network(patches)
+        loss = functional.cross_entropy(logits.float(), label) / len(bags)
         loss.backward()
         total += loss.detach()
-    return float(total)
+    return total
 
 
-def make_step(module: StudentPeer, network: nn.Module, lr: float = 2e-4, weight_decay: float = 1e-5):
-    """A function (bags) -> mean loss that takes one optimizer step.
+def make_step(
+    module: StudentPeer, network: nn.Module, lr: float = 2e-4, weight_decay: float = 1e-5, bfloat16: bool = False
+):
+    """A function (bags) -> [] mean loss that takes one optimizer step and does not wait for it.
 
     Args:
       module: owns the parameters.
       network: `module`, or its compiled form.
       lr: learning rate of AdamW.
       weight_decay: decoupled weight decay.
+      bfloat16: see `accumulate`.
     """
-    # fused: the fastest form of AdamW on CPU.
+    # fused: the fastest form of AdamW.
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
 
-    def step(bags: Sequence[Bag]) -> float:
+    def step(bags: Sequence[Bag]) -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
-        loss = accumulate(network, bags)
+        loss = accumulate(network, bags, bfloat16)
         optimizer.step()
         return loss
 
     return step
+
+
+def wait(result: torch.Tensor) -> None:
+    """Returns when everything queued on the device of `result` is done."""
+    if result.device.type == "cuda":
+        torch.cuda.synchronize(result.device)
 
 
 def compiled(module: StudentPeer) -> nn.Module:

@@ -121,3 +121,18 @@ def test_peer_drops_units_in_front_of_the_classifier_in_training_only(batch):
     assert not torch.equal(module(patches), module(patches))
     module.eval()
     assert torch.equal(module(patches), module(patches))
+
+
+def test_peer_in_bfloat16_rounds_the_bags_and_stays_near_float32(peer, batch):
+    peer.eval()
+    exact, low = (torch_peer.bags_of(batch, bfloat16=flag) for flag in (False, True))
+    assert {patches.dtype for patches, _ in low} == {torch.bfloat16}
+    losses = [float(torch_peer.accumulate(peer, exact)), float(torch_peer.accumulate(peer, low, bfloat16=True))]
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.03)
+    assert {p.grad.dtype for p in peer.parameters()} == {torch.float32}
+
+
+def test_peer_runs_on_the_kind_of_device_that_jax_uses():
+    assert torch_peer.device_for("cpu").type == "cpu"
+    with pytest.raises(ValueError, match="JAX runs on tpu, and this PyTorch build has no device of that kind"):
+        torch_peer.device_for("tpu")
