@@ -99,16 +99,16 @@ def test_two_runs_are_equal_and_the_step_is_traced_once(tiny_config, tmp_path):
     assert traces == 1, "all folds share one compiled step"
 
 
-@pytest.mark.parametrize("sequence", [1, 2])
-def test_a_run_on_a_mesh_equals_one_device(tiny_config, tmp_path, sequence):
-    """Four devices, by rows and by patches of a row: the same predictions and losses to rounding."""
-    changes = {"data__rows": 4, "train__max_epochs": 2}
+def test_a_run_on_a_mesh_equals_one_device(tiny_config, tmp_path):
+    """Two devices for the rows times two for the patches of a row: the same predictions and losses to rounding."""
+    changes = {"data__rows": 2, "train__max_epochs": 1}
     run.train(tiny_config(**changes), tmp_path / "one")
-    run.train(tiny_config(**changes, mesh__data=4 // sequence, mesh__sequence=sequence), tmp_path / "many")
+    run.train(tiny_config(**changes, mesh__data=2, mesh__sequence=2), tmp_path / "many")
     one, many = (read_predictions(tmp_path / name / "predictions_test.csv") for name in ("one", "many"))
-    assert one.slide_id == many.slide_id
+    np.testing.assert_array_equal(one.slide_id, many.slide_id)
     np.testing.assert_allclose(one.probs, many.probs, atol=2e-4)
     losses = [[line["loss"] for line in curve(tmp_path / name) if "loss" in line] for name in ("one", "many")]
+    assert losses[0]
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 

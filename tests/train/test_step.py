@@ -133,8 +133,9 @@ def test_check_I5_trailing_partial_group_causes_no_update(tiny_config):
     assert (data.train.plan.slide >= 0).all()
 
 
-@pytest.mark.parametrize("pool", ["chunked", "segment"])
-@pytest.mark.parametrize(("devices", "sequence"), [(2, 1), (8, 1), (2, 4)])
+@pytest.mark.parametrize(
+    ("devices", "sequence", "pool"), [(2, 1, "chunked"), (8, 1, "chunked"), (2, 4, "chunked"), (2, 4, "segment")]
+)
 def test_one_device_equals_many(tiny_config, devices, sequence, pool):
     """The same global batch gives the same loss and gradients; batch-coupled terms see all slides."""
     _, method, data = build(tiny_config, data__rows=ROWS_MULTIPLE, data__pool=pool)
@@ -176,8 +177,7 @@ def compiled_step(method, batch, mesh, params):
         return jax.jit(train).lower(start, shapes, jnp.float32(1e-3)).compile().as_text()
 
 
-@pytest.mark.parametrize("pool", ["chunked", "segment"])
-@pytest.mark.parametrize(("devices", "sequence"), [(8, 1), (2, 4)])
+@pytest.mark.parametrize(("devices", "sequence", "pool"), [(8, 1, "chunked"), (2, 4, "chunked"), (2, 4, "segment")])
 def test_bytes_sent_are_bounded_by_parameters_and_embeddings_whatever_the_bags(tiny_config, devices, sequence, pool):
     """Read from the compiled program: no patch travels, and ten times longer rows send the same bytes."""
     cfg, method, data = build(tiny_config, data__rows=ROWS_MULTIPLE, data__pool=pool)
