@@ -311,7 +311,6 @@ def load(plan: ResidentPlan, threads: int) -> gather.Cohort:
 def _load_shares(plan: ResidentPlan, threads: int) -> dict[jax.Device, gather.Cohort]:
     number, rows = plan.blocks
     dim, devices = plan.reader.manifest.feat_dim, local_shards(plan.mesh)
-    fill = jax.jit(_fill, donate_argnums=0)
     shares = {}
     for device in devices:
         scale = jnp.zeros(plan.rows, jnp.float32, device=device) if plan.dtype == INT8 else None
@@ -321,7 +320,7 @@ def _load_shares(plan: ResidentPlan, threads: int) -> dict[jax.Device, gather.Co
         for number, block in enumerate(_read_blocks(plan, list(devices.values()), threads)):
             for (device, share), part in zip(shares.items(), block, strict=True):
                 at = jax.device_put(np.int32(number * rows), device)
-                shares[device] = fill(share, jax.device_put(part, device), at)
+                shares[device] = _fill(share, jax.device_put(part, device), at)
             # The buffer of the block is reused once nothing reads it.
             jax.block_until_ready(list(shares.values()))
             bar.update(min(rows, plan.layout.rows - bar.n))
@@ -353,6 +352,7 @@ def _read_blocks(plan: ResidentPlan, devices: Sequence[int], threads: int) -> It
                 future.cancel()
 
 
+@functools.partial(jax.jit, donate_argnums=0)
 def _fill(share: gather.Cohort, block: jax.Array, at: jax.Array) -> gather.Cohort:
     if share.scale is None:
         return gather.Cohort(lax.dynamic_update_slice_in_dim(share.patches, block, at, axis=0), None)
