@@ -196,18 +196,20 @@ class _StageRunner:
             cfg.train.lr_schedule, cfg.train.lr, epoch=progress.epoch, max_epochs=cfg.train.max_epochs
         )
         first, began, waited, patches, sent, loss = progress.step, time.perf_counter(), 0.0, 0, 0, None
-        while progress.step < (progress.epoch + 1) * self.plan.steps_per_epoch:
-            asked = time.perf_counter()
-            fed = next(batches)
-            waited += time.perf_counter() - asked
-            # At most one step in flight: dispatch would otherwise run ahead and hold every batch in memory.
-            jax.block_until_ready(loss)
-            state, loss = programs.train(self.stage, state, fed.batch, lr)
-            patches, sent = patches + fed.patches, sent + fed.host_bytes
-            progress = dataclasses.replace(progress, step=progress.step + 1)
-            bar.update()
-            if self.stop.requested:
-                self._interrupt(state, progress)
+        # Nothing may reach or leave a device unasked: such a transfer would make every step wait for the host.
+        with jax.transfer_guard("disallow"):
+            while progress.step < (progress.epoch + 1) * self.plan.steps_per_epoch:
+                asked = time.perf_counter()
+                fed = next(batches)
+                waited += time.perf_counter() - asked
+                # At most one step in flight: dispatch would otherwise run ahead and hold every batch in memory.
+                jax.block_until_ready(loss)
+                state, loss = programs.train(self.stage, state, fed.batch, lr)
+                patches, sent = patches + fed.patches, sent + fed.host_bytes
+                progress = dataclasses.replace(progress, step=progress.step + 1)
+                bar.update()
+                if self.stop.requested:
+                    self._interrupt(state, progress)
         jax.block_until_ready(loss)
         seconds = time.perf_counter() - began
         return (
@@ -223,7 +225,8 @@ class _StageRunner:
         )
 
     def _interrupt(self, state, progress):
-        self.checkpoints.save(global_step(self.job, progress), state, progress.to_json())
+        with jax.transfer_guard("allow"):
+            self.checkpoints.save(global_step(self.job, progress), state, progress.to_json())
         raise Interrupted(
             f"stopped by signal {self.stop.signal} at step {progress.step} of fold {self.job.fold} after writing a "
             "checkpoint; run the same command again to continue"

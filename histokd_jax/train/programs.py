@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from histokd_jax.train import optim, sharding, state, step
+from histokd_jax.train import distributed, memory, optim, sharding, state, step
 from histokd_jax.types import Method, Stage
 
 
@@ -99,13 +99,13 @@ class Programs:
                 .lower(train_state, batch, rate)
                 .compile()
             )
-        memory = compiled.memory_analysis()
-        logging.info(
-            "stage %s: one step needs %.0f MiB of arguments and %.0f MiB of temporaries",
-            stage.name,
-            memory.argument_size_in_bytes / 2**20,
-            memory.temp_size_in_bytes / 2**20,
+        device = self.mesh.local_devices[0]
+        text = memory.report(
+            f"stage {stage.name}", memory.StepMemory.of(compiled), memory.capacity(device), device.device_kind
         )
+        if distributed.is_main():
+            # Always shown, and before the first step runs.
+            print(f"histokd: {text}", file=sys.stderr)
         return compiled
 
     def predict(self, modes: tuple[str, ...], params: Any, extra: Any, batch: Mapping[str, jax.Array], key=None):

@@ -11,7 +11,7 @@ from histokd_jax.cli.main import COMMANDS, main
 WORDS = {
     "demo": ("simulated cohort", "--workdir", "--smoke", "default: runs/demo"),
     "simulate": ("--out", "--set", "FIELD=VALUE", "--labels", "real genes and labels, simulated bags"),
-    "train": ("--config", "--workdir", "--config.KEY=VALUE", "continues an interrupted run", "--allow-patient-overlap"),
+    "train": ("--config", "--workdir", "--config.KEY=VALUE", "continues an interrupted run", "--coordinator"),
     "sweep": ("--seeds", "--only", "--dry-run", "continues an interrupted sweep", "diverges is stopped alone", "table"),
     "evaluate": ("summary.json", "--data", "--labels", "External test"),
     "predict": ("no genes and no teacher parameters are needed", "--model", "--attention", "--out"),
