@@ -305,11 +305,15 @@ class ReplicaPrograms:
         shapes = jax.eval_shape(lambda *stack: call(*_pick(stack, 0)), hot, constant, each)[1]
         empty = jax.tree.map(lambda s: jnp.zeros((count, *s.shape), s.dtype), shapes)
 
+        def skip(hot, constant, own):
+            return hot, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
         def body(i, carry):
-            hot, results = carry
             r = control["order"][i]
-            new, result = call(*_pick((hot, constant, each), r))
-            return jax.tree.map(lambda old, upd: lax.dynamic_update_index_in_dim(old, upd, r, 0), carry, (new, result))
+            # The loop ends after the active replicas, so the branch is always taken. It is here because it bounds
+            # fusion: a fused update would read the old moments of the stack again, and so copy all of it every turn.
+            changed = lax.cond(control["active"][r], call, skip, *_pick((carry[0], constant, each), r))
+            return jax.tree.map(lambda old, new: lax.dynamic_update_index_in_dim(old, new, r, 0), carry, changed)
 
         return lax.fori_loop(0, control["running"][0], body, (hot, empty))
 

@@ -22,7 +22,8 @@ from histokd_jax.utils import config
 
 SEEDS = (0, 1)
 # Every replica improves or not at epochs of its own, so they stop at different ones.
-EARLY = dict(early_stop__enabled=True, early_stop__patience=1, early_stop__min_epoch=0, train__max_epochs=3)
+EARLY = dict(early_stop__enabled=True, early_stop__patience=1, early_stop__min_epoch=0, train__max_epochs=4)
+EARLY["train__lr"] = 3e-3
 
 
 @pytest.fixture(scope="module")
