@@ -10,7 +10,7 @@ from logging import LogRecord
 from absl import logging
 
 from histokd_jax import __version__
-from histokd_jax.cli import demo, evaluate, predict, report, simulate, sweep, train
+from histokd_jax.cli import demo, errors, evaluate, predict, report, simulate, sweep, train
 
 COMMANDS = {
     "demo": demo,
@@ -78,31 +78,11 @@ def _run(args: argparse.Namespace) -> int:
     try:
         return COMMANDS[args.command].run(args) or 0
     except (Exception, KeyboardInterrupt) as error:
-        code, text = explain(error, args.command)
+        code, text = errors.explain(error, args.command)
         if not text or (args.verbose and code == 1):
             raise
         print(text, file=sys.stderr)
         return code
-
-
-def explain(error: BaseException, command: str) -> tuple[int, str]:
-    """Exit code and one clear line for an expected error; an empty line for any other.
-
-    Args:
-      error: what ended the command.
-      command: its name.
-    """
-    # Imported here so that --help needs no JAX.
-    from histokd_jax.train.loop import DivergedError
-    from histokd_jax.train.signals import Interrupted
-
-    if isinstance(error, Interrupted):
-        return 130, f"histokd: {error}"
-    if isinstance(error, KeyboardInterrupt):
-        return 130, "histokd: interrupted; the newest checkpoint was kept"
-    if isinstance(error, (ValueError, OSError, DivergedError)):
-        return 1, f"histokd {command}: {error}"
-    return 1, ""
 
 
 def _without_checkpoint_threads(record: LogRecord) -> bool:

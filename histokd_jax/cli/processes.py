@@ -66,10 +66,10 @@ def _end_without_peers(error: BaseException, command: str) -> None:
     """Ends the worker without the orderly end of JAX, which would wait for processes that may be gone."""
     import jax
 
-    from histokd_jax.cli import main
+    from histokd_jax.cli import errors
     from histokd_jax.train import distributed, watchdog
 
-    code, text = main.explain(error, command)
+    code, text = errors.explain(error, command)
     if any(isinstance(cause, jax.errors.JaxRuntimeError) for cause in _causes(error)):
         code = watchdog.EXIT_PEER
     if text:

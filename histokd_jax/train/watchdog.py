@@ -85,8 +85,9 @@ class Channel:
         threading.Thread(target=self._end_with_the_watchdog, daemon=True).start()
 
     def _end_with_the_watchdog(self) -> None:
-        # Nothing is ever sent this way: reading returns when the watchdog is gone.
-        self._socket.recv(1)
+        # Nothing is ever sent this way: reading returns, or fails, when the watchdog is gone.
+        with contextlib.suppress(OSError):
+            self._socket.recv(1)
         os._exit(EXIT_LOST)
 
     def announce(self, membership: Membership) -> None:
