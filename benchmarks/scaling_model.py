@@ -355,6 +355,7 @@ def run(config: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
             "rows": rows,
         },
         notes="Predictions, not measurements: see the module text for the model. Bytes from compiled programs.",
+        devices=(f"{peak.name}, predicted", 0),
     )
     for name, found in rows.items():
         print(f"\n{peak.name}, {name}:\n\n{markdown(found)}")
