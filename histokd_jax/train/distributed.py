@@ -14,6 +14,7 @@ import os
 import pathlib
 import secrets
 import signal
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,6 +106,12 @@ def hosts_the_service() -> bool:
 def is_main() -> bool:
     """Whether this process writes files."""
     return jax.process_index() == 0
+
+
+def tell(text: str) -> None:
+    """One line to the user on standard error, from one process, whatever is logged."""
+    if is_main():
+        print(f"histokd: {text}", file=sys.stderr)
 
 
 def barrier(name: str) -> None:

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -26,7 +25,7 @@ from data_pipelines.pipeline import (
     check_start,
     make_eval_dataset,
 )
-from histokd_jax.train import resident, sharding
+from histokd_jax.train import distributed, resident, sharding
 
 MODES = ("off", "auto", "on")
 # Training, validation and test tables of the fold at hand.
@@ -252,17 +251,15 @@ def make_feeder(
         if obstacle and wanted == "on":
             raise resident.CohortMemoryError(f"data.resident=on, but the cohort does not fit ({estimate}): {obstacle}")
     if obstacle:
-        logging.warning("the cohort is read from disk at every step (data.resident=%s): %s", wanted, obstacle)
+        distributed.tell(f"the cohort is read from disk at every step (data.resident={wanted}): {obstacle}")
         return StreamFeeder(mesh, threads, {"reason": obstacle, **facts})
     if plan.dtype == resident.INT8:
         error = facts["quantisation_error"] = resident.quantisation_error(plan.reader, plan.layout)
-        logging.info(
-            "int8 patches: relative error %.3f %% on average, %.3f %% at most (%d patches)",
-            100 * error["mean_relative_error"],
-            100 * error["max_relative_error"],
-            error["patches"],
+        mean, most = 100 * error["mean_relative_error"], 100 * error["max_relative_error"]
+        distributed.tell(
+            f"int8 patches: relative error {mean:.3f} % on average, {most:.3f} % at most ({error['patches']} patches)"
         )
-    logging.info("the cohort stays in device memory (data.resident=%s, %s)", wanted, plan.dtype)
+    distributed.tell(f"the cohort stays in device memory (data.resident={wanted}, {plan.dtype})")
     return ResidentFeeder(plan, threads, cache, {"reason": "it fits", **facts})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -103,9 +102,7 @@ class Programs:
         text = memory.report(
             f"stage {stage.name}", memory.StepMemory.of(compiled), memory.capacity(device), device.device_kind
         )
-        if distributed.is_main():
-            # Always shown, and before the first step runs.
-            print(f"histokd: {text}", file=sys.stderr)
+        distributed.tell(text)
         return compiled
 
     def predict(self, modes: tuple[str, ...], params: Any, extra: Any, batch: Mapping[str, jax.Array], key=None):

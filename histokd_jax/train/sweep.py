@@ -25,7 +25,7 @@ from data_pipelines.atomic import storage_errors
 from histokd_jax.evals import ablation
 from histokd_jax.evals.predictions import Predictions, atomic_writer, read_predictions
 from histokd_jax.methods import registry
-from histokd_jax.train import provenance, replica_step, replicas, run, sharding
+from histokd_jax.train import distributed, provenance, replica_step, replicas, run, sharding
 from histokd_jax.train.checkpoint import CheckpointMismatchError
 from histokd_jax.train.experiment import Experiment, FoldData, fold_data, load_experiment, resolve_width
 from histokd_jax.train.feed import Feeder, StreamFeeder
@@ -152,7 +152,7 @@ def train(sweep: Sweep, workdir: pathlib.Path, command: Sequence[str] = (), most
     """
     with storage_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-    logging.info("%s", sweep.describe())
+    distributed.tell(sweep.describe())
     failed: dict[str, str] = {}
     with StopRequest() as stop:
         for number, group in enumerate(sweep.groups):

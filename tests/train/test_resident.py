@@ -1,7 +1,6 @@
 """The cohort in device memory: the batches and the runs of streaming, bit for bit; budgets; several devices."""
 
 import json
-import logging
 import re
 import shutil
 import types
@@ -132,14 +131,14 @@ def test_a_finished_run_loads_nothing(runs, tiny_config, tmp_path, monkeypatch):
     run.train(tiny_config(data__resident="on"), path)
 
 
-def test_int8_reports_its_error_and_is_another_run(tiny_config, tmp_path, monkeypatch, caplog):
+def test_int8_reports_its_error_and_is_another_run(tiny_config, tmp_path, monkeypatch, capsys):
     cfg = tiny_config(data__resident="on", data__resident_dtype="int8", train__max_epochs=1)
-    with caplog.at_level(logging.INFO):
-        interrupt(cfg, tmp_path, monkeypatch)
+    interrupt(cfg, tmp_path, monkeypatch)
+    said = capsys.readouterr().err
     facts = json.loads((tmp_path / "run_manifest.json").read_text())["input"]
     error = facts["quantisation_error"]
     assert 0 < error["mean_relative_error"] < error["max_relative_error"] < 0.02 and error["patches"] > 500
-    assert f"{100 * error['mean_relative_error']:.3f} % on average" in caplog.text
+    assert f"{100 * error['mean_relative_error']:.3f} % on average" in said
     with pytest.raises(CheckpointMismatchError, match="precision of the patches"):
         run.train(tiny_config(data__resident="off", train__max_epochs=1), tmp_path)
     summary = run.train(cfg, tmp_path)
@@ -164,13 +163,13 @@ def test_int8_batches_are_near_and_take_half_the_memory(tiny_config):
     assert_same_steps(stream.train(data.train), resident_feeder(data, dtype="int8").train(data.train), near)
 
 
-def test_auto_falls_back_with_the_reason_logged_and_recorded(tiny_config, tmp_path, caplog):
-    with caplog.at_level(logging.INFO):
-        run.train(tiny_config(data__resident="auto", data__resident_gib=1e-6, train__max_epochs=1), tmp_path)
+def test_auto_falls_back_with_the_reason_told_and_recorded(tiny_config, tmp_path, capsys):
+    run.train(tiny_config(data__resident="auto", data__resident_gib=1e-6, train__max_epochs=1), tmp_path)
+    said = capsys.readouterr().err
     facts = json.loads((tmp_path / "run_manifest.json").read_text())["input"]
     assert facts["resident"] is False and "on each device, 0.000 GiB are allowed" in facts["reason"]
     assert facts["estimate"]["total_bytes"] > facts["estimate"]["budget_bytes"] == 1073
-    assert "resident cohort, estimate: 40 slides with" in caplog.text and facts["reason"] in caplog.text
+    assert "resident cohort, estimate: 40 slides with" in said and facts["reason"] in said
 
 
 def test_on_that_does_not_fit_is_refused_with_the_estimate(tiny_config, tmp_path):
