@@ -247,7 +247,7 @@ def make_feeder(
     else:
         obstacle = estimate.obstacle
         facts = {"estimate": {**dataclasses.asdict(estimate), "total_bytes": estimate.total_bytes}}
-        logging.info("resident cohort, estimate: %s", estimate)
+        distributed.tell(f"resident cohort, estimate: {estimate}")
         if obstacle and wanted == "on":
             raise resident.CohortMemoryError(f"data.resident=on, but the cohort does not fit ({estimate}): {obstacle}")
     if obstacle:
