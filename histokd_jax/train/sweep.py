@@ -242,6 +242,8 @@ class _Trainer:
         folds = {key: self._folds(*key) for key in names}
         first = self.sweep.experiments[self.group.settings[0]]
         programs = run.make_programs(first, self.method)
+        if first.cfg.data.resident == "on":
+            raise ValueError("data.resident=on: a sweep reads its patches from disk; set data.resident=off")
         # One stream per fold and seed reads ahead at the same time; the threads are shared among them.
         feeder = StreamFeeder(programs.mesh, max(1, first.cfg.data.threads // max(1, len(self._plans))))
         arms = {key: self._arm(*key, folds[key], feeder) for key in names}
