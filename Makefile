@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 # The CPU build of PyTorch; another index or version can be given on the command line.
 TORCH ?= torch==2.13.0
 JOBS ?= 2
+BENCHMARKS := bench_input bench_step bench_e2e bench_memory bench_pooling bench_resident bench_replicas bench_compile \
+  bench_checkpoint bench_collectives scaling_model
 
 .PHONY: demo test test-torch lint bench-smoke install install-test clean
 
@@ -42,7 +44,7 @@ lint: install-test
 	$(BIN)/ruff format --check --line-length 120 .
 
 bench-smoke: install-test
-	for name in bench_input bench_step bench_e2e bench_memory; do \
+	for name in $(BENCHMARKS); do \
 	  $(BIN)/python -m benchmarks.$$name --smoke --out $(VENV)/smoke/$$name.json || exit 1; done
 
 clean:
