@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,7 +104,7 @@ class Programs:
         )
         if distributed.is_main():
             # Always shown, and before the first step runs.
-            print(f"histokd: {text}", file=sys.stderr)
+            print(text, flush=True)
         return compiled
 
     def predict(self, modes: tuple[str, ...], params: Any, extra: Any, batch: Mapping[str, jax.Array], key=None):
