@@ -14,7 +14,6 @@ import os
 import pathlib
 import secrets
 import signal
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -109,9 +108,9 @@ def is_main() -> bool:
 
 
 def tell(text: str) -> None:
-    """One line to the user on standard error, from one process, whatever is logged."""
+    """One line to the user, from one process, whatever is logged."""
     if is_main():
-        print(f"histokd: {text}", file=sys.stderr)
+        print(text, flush=True)
 
 
 def barrier(name: str) -> None:

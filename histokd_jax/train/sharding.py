@@ -133,9 +133,12 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
     processes = mesh.devices.size // local
     check_divides(mesh, ids.shape[0] * processes, ids.shape[1])
     _check_slots(batch, ids, processes)
-    return {
-        name: jax.make_array_from_process_local_data(field_sharding(mesh, name), value) for name, value in batch.items()
-    }
+    # Asked for, which the library does not tell the transfer guard when the mesh spans processes.
+    with jax.transfer_guard_host_to_device("allow"):
+        return {
+            name: jax.make_array_from_process_local_data(field_sharding(mesh, name), value)
+            for name, value in batch.items()
+        }
 
 
 def put_replicated(mesh: Mesh, values: Any) -> Any:
@@ -198,4 +201,5 @@ def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
         return jax.random.wrap_key_data(_put(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
     # Not device_put, which would compare the values between the processes each time.
     host = jax.device_get(leaf)
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

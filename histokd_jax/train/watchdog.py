@@ -296,7 +296,7 @@ class _Watch:
         killed = code < 0 or code == EXIT_PEER
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         if code == EXIT_PEER:
-            how = "lost its connection to the others, none of which is known to be lost"
+            how = "failed in a device operation (see its error), and no other process is known to be lost"
         mine = f"{name(self._me.index, self._me.count, socket.gethostname())} {how}"
         self._write(KILLED if killed else FAILED, mine)
         # A worker that ended by itself has printed its own message.

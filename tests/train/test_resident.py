@@ -134,7 +134,7 @@ def test_a_finished_run_loads_nothing(runs, tiny_config, tmp_path, monkeypatch):
 def test_int8_reports_its_error_and_is_another_run(tiny_config, tmp_path, monkeypatch, capsys):
     cfg = tiny_config(data__resident="on", data__resident_dtype="int8", train__max_epochs=1)
     interrupt(cfg, tmp_path, monkeypatch)
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     facts = json.loads((tmp_path / "run_manifest.json").read_text())["input"]
     error = facts["quantisation_error"]
     assert 0 < error["mean_relative_error"] < error["max_relative_error"] < 0.02 and error["patches"] > 500
@@ -165,7 +165,7 @@ def test_int8_batches_are_near_and_take_half_the_memory(tiny_config):
 
 def test_auto_falls_back_with_the_reason_told_and_recorded(tiny_config, tmp_path, capsys):
     run.train(tiny_config(data__resident="auto", data__resident_gib=1e-6, train__max_epochs=1), tmp_path)
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     facts = json.loads((tmp_path / "run_manifest.json").read_text())["input"]
     assert facts["resident"] is False and "on each device, 0.000 GiB are allowed" in facts["reason"]
     assert facts["estimate"]["total_bytes"] > facts["estimate"]["budget_bytes"] == 1073

@@ -17,12 +17,12 @@ def test_memory_is_reported_before_the_first_step_and_the_step_is_traced_once(
         made.append(self)
         result = train(self, *args)
         if not seen:
-            seen.append(capsys.readouterr().err)
+            seen.append(capsys.readouterr().out)
         return result
 
     monkeypatch.setattr(programs.Programs, "train", watching)
     run.train(tiny_config(train__max_epochs=1), tmp_path)
-    assert "histokd: stage online: one step needs " in seen[0] and "MiB per device" in seen[0]
+    assert "stage online: one step needs " in seen[0] and "MiB per device" in seen[0]
     assert len(made) > 1 and made[0].traces == 1
 
 
