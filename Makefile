@@ -6,8 +6,6 @@ BIN := $(VENV)/bin
 # The CPU build of PyTorch; another index or version can be given on the command line.
 TORCH ?= torch==2.13.0
 JOBS ?= 2
-BENCHMARKS := bench_input bench_step bench_e2e bench_memory bench_pooling bench_resident bench_replicas bench_compile \
-  bench_checkpoint bench_collectives scaling_model
 
 .PHONY: demo test test-torch lint bench-smoke install install-test clean
 
@@ -34,7 +32,7 @@ $(VENV)/.installed-torch: $(VENV)/.installed-test
 	touch $@
 
 test: install-test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not torch'
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not torch and not bench'
 
 test-torch: $(VENV)/.installed-torch
 	$(BIN)/python -m pytest -m torch
@@ -44,8 +42,7 @@ lint: install-test
 	$(BIN)/ruff format --check --line-length 120 .
 
 bench-smoke: install-test
-	for name in $(BENCHMARKS); do \
-	  $(BIN)/python -m benchmarks.$$name --smoke --out $(VENV)/smoke/$$name.json || exit 1; done
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'bench and not torch'
 
 clean:
 	rm -rf .venv .venv-* .jax_cache build *.egg-info

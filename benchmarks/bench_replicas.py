@@ -65,7 +65,8 @@ def make_batches(config: Mapping[str, Any]) -> tuple[list[list[dict[str, np.ndar
 
 def make_programs(config: Mapping[str, Any]) -> tuple[Programs, ConfigDict]:
     """The library's programs for MKD, and the settings they read."""
-    cfg = ConfigDict({"train": {"wd": 1e-5, "decay_bias": True, "batching": "packed", "replica_loop": config["loop"]}})
+    train = {"wd": 1e-5, "decay_bias": True, "batching": "packed", "replica_loop": config["loop"]}
+    cfg = ConfigDict({"train": train, "mesh": {"fsdp": False}})
     method = bench_step.build_method("mkd", config["compute_dtype"], config)
     return Programs(method, cfg, sharding.make_mesh(1)), cfg
 

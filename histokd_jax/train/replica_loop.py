@@ -249,7 +249,8 @@ class _Group:
     def _epoch_steps(self, stage, state, position, streams, bar):
         running, loss = self.running, None
         lr = np.array([self._lr(r, position.epoch) for r in range(len(self.replicas))], np.float32)
-        began, waited, patches = time.perf_counter(), 0.0, np.zeros(len(self.replicas), np.int64)
+        began, waited = time.perf_counter(), 0.0
+        patches, sent, taken = (np.zeros(len(self.replicas), np.int64) for _ in range(3))
         bar.set_postfix({"active": f"{running.sum()}/{len(running)}"})
         for step in range(position.step, int(self.steps[running].max())):
             active = running & (step < self.steps)
@@ -263,7 +264,8 @@ class _Group:
             jax.block_until_ready(loss)
             state, loss = self.programs.train(stage, state, batches, lr, self.values, active)
             for r in np.flatnonzero(active):
-                patches[r] += fresh[self.stream_of[r]].patches
+                fed = fresh[self.stream_of[r]]
+                patches[r], sent[r], taken[r] = patches[r] + fed.patches, sent[r] + fed.host_bytes, taken[r] + 1
                 self._move(r, step=self.standing[r].progress.step + 1)
             bar.update()
             if self.stop.requested:
@@ -272,7 +274,12 @@ class _Group:
         seconds = time.perf_counter() - began
         shared = {"time_epoch": seconds, "time_data_wait": waited, "active_replicas": int(running.sum())}
         return state, {
-            r: {"lr": float(lr[r]), **shared, "patches_per_second": patches[r] / seconds}
+            r: {
+                "lr": float(lr[r]),
+                **shared,
+                "patches_per_second": patches[r] / seconds,
+                "host_bytes_per_step": sent[r] / max(taken[r], 1),
+            }
             for r in np.flatnonzero(running)
         }
 

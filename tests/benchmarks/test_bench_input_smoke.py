@@ -13,6 +13,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import bench_memory, common  # noqa: E402
 
+pytestmark = pytest.mark.bench
+
 
 def _smoke(name, tmp_path, *extra):
     out = tmp_path / f"{name}.json"

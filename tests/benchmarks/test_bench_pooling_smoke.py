@@ -6,10 +6,14 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import bench_pooling, common  # noqa: E402
+
+pytestmark = pytest.mark.bench
 
 
 def test_bench_pooling_smoke(tmp_path):

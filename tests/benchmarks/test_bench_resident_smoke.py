@@ -13,6 +13,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import bench_resident  # noqa: E402
 
+pytestmark = pytest.mark.bench
+
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):

@@ -14,6 +14,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import bench_experiment, common, gpu_suite, peaks  # noqa: E402
 from benchmarks.gpu_suite import Piece, run_piece  # noqa: E402
 
+pytestmark = pytest.mark.bench
+
 
 def arguments(folder, **changes):
     return argparse.Namespace(**{"out": folder, "only": None, "minutes": 5.0, "smoke": True, **changes})

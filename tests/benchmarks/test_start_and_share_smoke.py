@@ -17,6 +17,8 @@ from benchmarks import bench_collectives, bench_files, bench_profile, common  # 
 from histokd_jax.train import sharding  # noqa: E402
 from histokd_jax.utils.hlo import collective_bytes  # noqa: E402
 
+pytestmark = pytest.mark.bench
+
 
 def smoke(name, tmp_path, *extra):
     out = tmp_path / f"{name}.json"
