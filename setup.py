@@ -37,6 +37,8 @@ CORE = [
 EXTRAS = {
     "report": ["matplotlib>=3.9"],
     "wsi": ["openslide-bin>=4.0", "pillow>=10.0", "scikit-image>=0.24"],
+    # Feature files of other tools (HDF5), and encoder weights (safetensors).
+    "import": ["h5py>=3.11", "safetensors>=0.4"],
     "torch": ["torch>=2.6"],
     "cuda": ["jax[cuda12]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],
@@ -45,11 +47,13 @@ EXTRAS["test"] = [
     "pytest>=8.0",
     "pytest-xdist>=3.6",
     "lifelines>=0.30",
+    "scikit-survival>=0.24",
     "setuptools>=75",
     "wheel",
     "ruff>=0.8",
     *EXTRAS["report"],
     *EXTRAS["wsi"],
+    *EXTRAS["import"],
 ]
 
 setup(

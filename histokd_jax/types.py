@@ -20,7 +20,9 @@ segment_ids  [R, L]    int32            0 = padding, 1..S = slot of the slide wi
 positions    [R, L]    int32            index of the patch within its bag, 0-based; seeds per-patch dropout
 weight       [S]       float32          1 for a real slide, 0 for an empty slot
 slide_index  [S]       int32            row of the slide in the manifest, -1 for an empty slot
-label        [S]       int32            class index (0 in empty slots)
+label        [S]       int32            class index (0 in empty slots); of a survival task: time bin
+time_months  [S]       float32          follow-up (survival tasks only; 0 in empty slots)
+event        [S]       float32          1 = death observed, 0 = censored (survival tasks only)
 genes        [S, K]    float32          selected genes in rank order (only if the method asks for them)
 has_genes    [S]       bool             False where a slide has no genes
 """
@@ -32,13 +34,26 @@ Metrics = Mapping[str, tuple[jax.Array, jax.Array]]
 """name -> (sum, count). Means are taken once, on the host, after summing over steps."""
 
 
+CLASSIFICATION, SURVIVAL = "classification", "survival"
+
+
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
-    """What a method must know about the data to build its networks."""
+    """What a method must know about the data to build its networks.
+
+    Attributes:
+      feat_dim: patch-embedding width D.
+      num_classes: outputs C: classes, or time bins of a survival task.
+      num_genes: width K of the batch field `genes`.
+      task: "classification" or "survival".
+      gene_groups: sizes of consecutive blocks of `genes`, one per functional group; empty: no groups.
+    """
 
     feat_dim: int
     num_classes: int
     num_genes: int = 0
+    task: str = CLASSIFICATION
+    gene_groups: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +99,8 @@ class Method:
         slots. `values` (config key of `traced` -> scalar array) replaces constants of the configuration by data; every
         term is then computed, whatever its weight. Only methods with `traced` keys need to accept it.
       predict: (params, frozen, extra, batch, mode, key=None) -> {"prob": [S, C], "logits": [S, C],
-        "embedding": [S, H]}; a key turns on dropout in the teachers.
+        "embedding": [S, H]}; a key turns on dropout in the teachers. A survival task has "risk" [S] and "hazards"
+        [S, C] (C = 0 for a Cox head) in place of "prob".
       modes: the ways to deploy it.
       stages: phases of training, in order.
       requires: batch fields needed in training.
