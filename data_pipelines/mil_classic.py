@@ -134,9 +134,8 @@ def _group(name: str, features: np.ndarray, label: np.ndarray, bag: np.ndarray, 
     rows = [np.flatnonzero(inverse == k) for k in order]
     for k, mine in zip(order, rows):
         if not np.isin(label[mine], (0, 1)).all() or len(np.unique(label[mine])) > 1:
-            raise DataError(
-                f"{path}: bag {str(ids[k])!r} has the labels {sorted(set(label[mine].tolist()))}; one, 0 or 1, is expected"
-            )
+            found = sorted(set(label[mine].tolist()))
+            raise DataError(f"{path}: bag {str(ids[k])!r} has the labels {found}; one, 0 or 1, is expected")
     return MilBags(
         name,
         tuple(features[mine] for mine in rows),
