@@ -31,6 +31,7 @@ _VERSION = 1001
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 # A state dict is often one entry of a checkpoint; its usual names, first come first served.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
+DATA_PARALLEL = "module."
 
 
 def read_torch(path: str | pathlib.Path) -> Any:
@@ -60,8 +61,8 @@ def read_torch(path: str | pathlib.Path) -> Any:
 def read_state_dict(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     """Reads the named tensors of a model from .pt, .pth or .safetensors.
 
-    Entries called state_dict, model_state_dict, model or net are opened, and the path segments `module` that
-    torch.nn.DataParallel puts before the layers it wraps are removed.
+    Entries called state_dict, model_state_dict, model or net are opened, and the prefix "module." that
+    torch.nn.DataParallel puts before every key is removed.
 
     Args:
       path: the file; the layout is told from its contents, safetensors by the suffix.
@@ -75,8 +76,8 @@ def read_state_dict(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     """
     path = pathlib.Path(path)
     if path.suffix == ".safetensors":
-        return strip_wrappers(_read_safetensors(path), path)
-    return strip_wrappers(state_dict_of(read_torch(path), path), path)
+        return strip_prefix(_read_safetensors(path))
+    return strip_prefix(state_dict_of(read_torch(path), path))
 
 
 def state_dict_of(saved: Any, path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -98,12 +99,11 @@ def state_dict_of(saved: Any, path: pathlib.Path) -> dict[str, np.ndarray]:
     return {str(key): value for key, value in saved.items()}
 
 
-def strip_wrappers(state: Mapping[str, np.ndarray], path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Removes the segments `module` from keys: "module.a.weight" and "a.module.weight" become "a.weight"."""
-    short = {key: ".".join(part for part in key.split(".") if part != "module") for key in state}
-    if len(set(short.values())) < len(short):
-        raise DataError(f"{path}: keys differ only in 'module': it holds wrapped and unwrapped copies of one model")
-    return {short[key]: value for key, value in state.items()}
+def strip_prefix(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Removes "module." from the keys if all of them begin with it, as often as they do."""
+    while state and all(key.startswith(DATA_PARALLEL) for key in state):
+        state = {key.removeprefix(DATA_PARALLEL): value for key, value in state.items()}
+    return dict(state)
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
