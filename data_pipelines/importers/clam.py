@@ -55,6 +55,7 @@ def facts(source: Source, header: Header, side: Header | None, options: Options)
         sources.LEVEL0 if coords else None,
         patch_size=sources.number(attributes, "patch_size"),
         patch_size_level0=_level0_size(attributes),
+        coords_in_side=own is None,
     )
 
 

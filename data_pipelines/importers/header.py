@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.errors import DataError
+from data_pipelines.torch_file import read_torch
 
 HDF5, TORCH = (".h5", ".hdf5"), (".pt",)
 
@@ -157,8 +158,6 @@ def _npz_header(path: pathlib.Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     """Arrays of a .pt file by name; a bare tensor is called "". No pickled code is run."""
-    from data_pipelines.torch_file import read_torch
-
     content = read_torch(path)
     items = content.items() if isinstance(content, Mapping) else [("", content)]
     return {str(name): value for name, value in items if isinstance(value, np.ndarray)}

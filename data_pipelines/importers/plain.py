@@ -56,7 +56,8 @@ def facts(source: Source, header: Header, side: Header | None, options: Options)
     found = None if coords is None else sources.coords_of(holder, coords, n)
     if options.coords_key and found is None:
         raise Unusable("bad coords", f"there is no array {options.coords_key!r}; the file holds {header.listed()}")
-    return SlideFacts(n, width, dtype, name, found, None if found is None else sources.LEVEL0)
+    unit = None if found is None else sources.LEVEL0
+    return SlideFacts(n, width, dtype, name, found, unit, coords_in_side=side is not None)
 
 
 def _named(header: Header, wanted: str | None, known: tuple[str, ...]) -> str | None:

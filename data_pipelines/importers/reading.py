@@ -14,6 +14,7 @@ from data_pipelines.errors import BagError
 from data_pipelines.importers import sources
 from data_pipelines.importers.header import read_arrays, read_header
 from data_pipelines.importers.sources import Options, SlideFacts, Source, Unusable
+from data_pipelines.safe_pickle import UnsafePickleError
 
 _LOCKED = ("unable to lock file", "already open for write", "file is already open")
 _UM_PER_GRID_PX = 256 / 224
@@ -41,7 +42,7 @@ def inspect(root: pathlib.Path, layout: ModuleType, source: Source, options: Opt
         header = read_header(path)
         side = read_header(root / source.side) if source.side else None
         facts = layout.facts(source, header, side, options)
-        return decide_unit(facts, _read(root, source, [facts.coords])[0]) if _undecided(facts) else facts
+        return decide_unit(facts, _coords(root, source, facts)) if _undecided(facts) else facts
     except Unusable:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, MemoryError) as error:
@@ -66,10 +67,10 @@ def read(
     Raises:
       Unusable: the file cannot be read any more, or is not what its header said.
     """
-    wanted = facts.coords if policy != "drop" else None
     try:
         _check_file(root / source.file)
-        features, coords = _read(root, source, [facts.features, wanted])
+        (features,) = read_arrays(root / source.file, [facts.features])
+        coords = None if facts.coords is None or policy == "drop" else _coords(root, source, facts)
     except Unusable:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, MemoryError) as error:
@@ -127,14 +128,8 @@ def _undecided(facts: SlideFacts) -> bool:
     return facts.coords_unit == sources.UNDECIDED
 
 
-def _read(root: pathlib.Path, source: Source, names: list[str | None]) -> list[np.ndarray | None]:
-    """The named arrays; coordinates, the last name, come from the side file where there is one that holds them."""
-    path = root / source.file
-    coords = names[-1]
-    if coords is None or not source.side or coords in read_header(path).arrays:
-        found = iter(read_arrays(path, [name for name in names if name is not None]))
-        return [None if name is None else next(found) for name in names]
-    return [*(read_arrays(path, names[:-1]) if names[:-1] else []), *read_arrays(root / source.side, [coords])]
+def _coords(root: pathlib.Path, source: Source, facts: SlideFacts) -> np.ndarray:
+    return read_arrays(root / (source.side if facts.coords_in_side else source.file), [facts.coords])[0]
 
 
 def _check_file(path: pathlib.Path) -> None:
@@ -160,6 +155,6 @@ def _unreadable(error: Exception, root: pathlib.Path) -> Unusable:
     detail = " ".join(str(error).split()).replace(f"{root}{os.sep}", "") or type(error).__name__
     if any(words in detail for words in _LOCKED):
         return Unusable("locked", f"another program has the file open for writing ({detail})")
-    if type(error).__name__ == "UnsafePickleError":
+    if isinstance(error, UnsafePickleError):
         return Unusable("unsafe pickle", f"{detail}; nothing was run")
     return Unusable("unreadable", detail)

@@ -24,7 +24,7 @@ import numpy as np
 from data_pipelines import atomic, bag, planned_writer, shards
 from data_pipelines.errors import BagError, DatasetExistsError, StorageError
 from data_pipelines.importers import reading
-from data_pipelines.importers.plan import ImportPlan, PlannedSlide, Progress
+from data_pipelines.importers.plan import ImportPlan, NothingUsable, PlannedSlide, Progress
 from data_pipelines.importers.sources import Unusable
 from data_pipelines.manifest import MANIFEST_FILE, Manifest, sha256_file
 from data_pipelines.planned_writer import Bag, Rejected, WrittenShard
@@ -89,6 +89,8 @@ def run_import(
         written = kept | {shard.index: shard for shard in _write(plan, work, missing, workers, progress)}
         done = [written[index] for index in range(len(plan.shards))]
         rejected = tuple(sorted([*plan.rejected, *(item for shard in done for item in shard.rejected)]))
+        if not any(shard.n_records for shard in done):
+            raise NothingUsable(plan.root, rejected)
         _complete(plan, out, done, rejected)
     return Outcome(Manifest.load(out), rejected, len(kept))
 

@@ -71,4 +71,5 @@ def facts(source: Source, header: Header, side: Header | None, options: Options)
         magnification=sources.number(source.notes, "magnification"),
         mpp=sources.number(source.notes, "mpp"),
         patch_size=sources.number(source.notes, "patch_size"),
+        coords_in_side=True,
     )

@@ -95,6 +95,7 @@ class SlideFacts:
       patch_size: edge in pixels as read, or None.
       patch_size_level0: edge in level-0 pixels, or None.
       level0_magnification, overlap: as recorded, or None.
+      coords_in_side: whether the coordinates lie in the side file.
     """
 
     n_patches: int
@@ -110,6 +111,7 @@ class SlideFacts:
     patch_size_level0: float | None = None
     level0_magnification: float | None = None
     overlap: float | None = None
+    coords_in_side: bool = False
 
 
 class Layout(Protocol):

@@ -92,6 +92,7 @@ def facts(source: Source, header: Header, side: Header | None, options: Options)
         patch_size_level0=sources.number(attributes, "patch_size_level0") or _legacy_size(attributes),
         level0_magnification=sources.number(attributes, "level0_magnification"),
         overlap=0 if attributes.get("overlap") == 0 else sources.number(attributes, "overlap"),
+        coords_in_side=side is not None,
     )
 
 

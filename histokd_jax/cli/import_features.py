@@ -66,24 +66,30 @@ def run(args: argparse.Namespace) -> int:
     from data_pipelines.importers import detect
     from data_pipelines.importers import plan as planning
     from data_pipelines.importers import run as running
-    from data_pipelines.importers.cases import CaseRule
 
     layout, evidence = detect.detect(args.source, args.format)
     print(f"layout: {layout} ({'; '.join(evidence[:3])})")
     try:
-        plan = planning.make_plan(
-            args.source,
-            layout,
-            name=args.name or args.out.resolve().name,
-            options=_options(args),
-            rule=CaseRule(args.case_regex, args.cases, args.case_per_slide),
-            dtype=args.dtype,
-            seed=args.seed,
-        )
+        return _plan_and_run(args, layout)
     except planning.NothingUsable as error:
         if not args.dry_run and not (args.out / "manifest.json").exists():
             running.write_quarantine(args.out, error.rejected)
         raise
+
+
+def _plan_and_run(args: argparse.Namespace, layout: str) -> int:
+    from data_pipelines.importers.cases import CaseRule
+    from data_pipelines.importers.plan import make_plan
+
+    plan = make_plan(
+        args.source,
+        layout,
+        name=args.name or args.out.resolve().name,
+        options=_options(args),
+        rule=CaseRule(args.case_regex, args.cases, args.case_per_slide),
+        dtype=args.dtype,
+        seed=args.seed,
+    )
     _print_plan(plan)
     if args.dry_run:
         _print_rejected(plan.rejected)
