@@ -62,6 +62,15 @@ def read_text_table(path: str | os.PathLike, columns: Sequence[str] = ()) -> pd.
     return table.apply(lambda column: column.str.strip())
 
 
+def read_header(path: str | os.PathLike) -> list[str]:
+    """The names of the columns, stripped, as they are in the file.
+
+    Raises:
+      DataError: not UTF-8, or empty.
+    """
+    return [str(name).strip() for name in _read(path, _separator(path), nrows=1).iloc[0]]
+
+
 def _separator(path: str | os.PathLike) -> str:
     first = str(_read(path, "\0", nrows=1).iloc[0, 0])
     return max(_SEPARATORS, key=first.count)
