@@ -1,4 +1,4 @@
-"""Statistics of the stored features in one pass: constant columns, saturation, odd scales, slides with equal content."""
+"""Statistics of the stored features in one pass: constant columns, saturation, odd scales, slides of equal content."""
 
 from __future__ import annotations
 
@@ -119,8 +119,9 @@ def _judge(
     facts["duplicates"], found = _duplicates(manifest, parts)
     odd = _odd_scale(manifest, parts, origin)
     if odd:
-        text = f"{len(odd)} slides have values more than {_ODD_SCALE:g} times larger or smaller than the others ({some(odd)})"
-        findings.append(Finding(WARNING, "scale", f"{text}: another encoder or normalisation?", tuple(odd)))
+        text = f"the values of {len(odd)} slides are more than {_ODD_SCALE:g} times larger or smaller than usual"
+        hint = "another encoder or normalisation?"
+        findings.append(Finding(WARNING, "scale", f"{text} ({some(odd)}): {hint}", tuple(odd)))
     return facts, findings + found
 
 

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from data_pipelines import tables, text_table
+from data_pipelines.ids import bare_slide_id, near_matches
 from data_pipelines.manifest import Manifest
 from data_pipelines.sites import tissue_source_site
 from data_pipelines.validate.findings import ERROR, NOTE, WARNING, Finding, some
-
-_ALTERED: dict[str, Callable[[str], str]] = {
-    "leading zeros were kept": lambda text: text.lstrip("0"),
-    "upper and lower case agreed": str.casefold,
-    "file extensions were removed": lambda text: re.sub(r"\.(svs|ndpi|mrxs|tiff?|h5|pt)$", "", text),
-    "only the first 12 characters (the patient of a TCGA barcode) were used": lambda text: text[:12],
-    "dashes and underscores agreed": lambda text: text.replace("_", "-"),
-    "blanks were removed": lambda text: text.replace(" ", ""),
-}
 
 
 def read_ids(path: str | os.PathLike) -> pd.DataFrame:
@@ -84,23 +75,11 @@ def _unmatched(name: str, tabled: Sequence[str], held: Sequence[str], matched: i
     return found
 
 
-def near_matches(some_ids: Sequence[str], others: Sequence[str]) -> str:
-    """A hint if unmatched ids of two sides would match after a typical mistake is undone; else ""."""
-    hints = []
-    for condition, alter in _ALTERED.items():
-        altered = {alter(other): other for other in others}
-        pairs = [(item, altered[alter(item)]) for item in some_ids if alter(item) in altered]
-        if pairs:
-            hints.append(f"{len(pairs)} would match if {condition}, e.g. {pairs[0][0]!r} and {pairs[0][1]!r}")
-    return f"; {'; '.join(hints)}" if hints else ""
-
-
 def _join_slides(name: str, ids: pd.DataFrame, manifest: Manifest) -> tuple[dict[str, Any], list[Finding]]:
-    bare = _ALTERED["file extensions were removed"]
-    case_of = {bare(slide.slide_id): slide.case_id for slide in manifest.slides}
-    rows = {bare(slide): (slide, case) for slide, case in zip(ids["slide_id"], ids["case_id"]) if slide}
+    case_of = {bare_slide_id(slide.slide_id): slide.case_id for slide in manifest.slides}
+    rows = {bare_slide_id(slide): (slide, case) for slide, case in zip(ids["slide_id"], ids["case_id"]) if slide}
     missing = [slide for key, (slide, _) in rows.items() if key not in case_of]
-    unlisted = [slide.slide_id for slide in manifest.slides if bare(slide.slide_id) not in rows]
+    unlisted = [slide.slide_id for slide in manifest.slides if bare_slide_id(slide.slide_id) not in rows]
     other = [
         f"{slide}: {case} / {case_of[key]}" for key, (slide, case) in rows.items() if case_of.get(key, case) != case
     ]

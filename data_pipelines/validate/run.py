@@ -31,7 +31,7 @@ def validate(
 
     Args:
       directory: the dataset.
-      tables: label, survival and gene tables; default: the .csv, .csv.zip, .csv.gz and .npz files of its folder `tables`.
+      tables: label, survival and gene tables; default: see `default_tables`.
       splits: directory of splits_K.csv files, or one such file.
       tasks: label columns; the first one is counted per fold.
       label_map: see `tables.read_labels`.

@@ -10,12 +10,26 @@ from logging import LogRecord
 from absl import logging
 
 from histokd_jax import __version__
-from histokd_jax.cli import demo, errors, evaluate, import_features, predict, report, simulate, sweep, train
+from histokd_jax.cli import (
+    demo,
+    errors,
+    evaluate,
+    import_features,
+    predict,
+    report,
+    simulate,
+    splits,
+    sweep,
+    train,
+    validate,
+)
 
 COMMANDS = {
     "demo": demo,
     "simulate": simulate,
     "import": import_features,
+    "validate": validate,
+    "splits": splits,
     "train": train,
     "sweep": sweep,
     "evaluate": evaluate,

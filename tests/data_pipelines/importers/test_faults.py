@@ -124,7 +124,7 @@ def test_object_arrays_are_not_unpickled(tmp_path):
         imported(tmp_path, tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["..", " TCGA-A1-A0SB-1 ", "TCGA-A1-A0SB\x07"])
+@pytest.mark.parametrize("name", [" TCGA-A1-A0SB-1 ", "TCGA-A1-A0SB\x07"])
 def test_ids_that_are_no_keys(root, tmp_path, name):
     folders.clam(root, {name: CONTENT[GOOD]}, pt=False, patches=False)
     assert quarantined(root, tmp_path / "out", name)[0] == "bad id"
@@ -234,7 +234,7 @@ def test_table_of_cases_with_bom_semicolons_other_names_and_gaps(tmp_path):
         ("slide_id,case_id,level0_mpp\na,P1,half\n", "'half' is no size of a pixel"),
         ("slide_id,case_id\nb,P1\n", "lists none of the 1 slides"),
         ("", "the file is empty"),
-        ("slide_id,case_id\na\n", "line 2: 1 cells, the header has 2"),
+        ("slide_id,case_id\na\n", "line 2: .*case_id is ''"),
         ("slide_id,case_id\na,P1,x\n", "rows differ in their number of cells"),
     ],
 )
