@@ -266,8 +266,8 @@ def _gene_columns(columns: list[str], suffix: str | None, path: str | os.PathLik
     if not found:
         others = {end: sum(name.endswith(end) for name in columns) for end in ("_rnaseq", "_cnv", "_mut")}
         raise DataError(
-            f"{path}: no gene column {'*' + (suffix or '_rnaseq')!r} among {text_table.listed(columns)}; by suffix there "
-            f"are {others}: pass suffix= to read another kind"
+            f"{path}: no gene column {'*' + (suffix or '_rnaseq')!r} among {text_table.listed(columns)}; by suffix "
+            f"there are {others}: pass suffix= to read another kind"
         )
     return found
 

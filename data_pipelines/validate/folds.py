@@ -64,7 +64,7 @@ def _check_fold(
     cases = {part: sorted({cohort.case_id[row] for row in getattr(split, part)}) for part in PARTS}
     facts: dict[str, Any] = {"fold": number, "cases": {part: len(ids) for part, ids in cases.items()}}
     findings = _patients(number, cases)
-    facts["sites_in_train_and_test"], found = _sites(number, cases)
+    facts["sites_shared_with_test"], found = _sites(number, cases)
     findings += found
     if cohort.class_names:
         facts["classes"], found = _classes(number, cases, cohort)
@@ -92,11 +92,11 @@ def _patients(number: int, cases: Mapping[str, Sequence[str]]) -> list[Finding]:
 
 
 def _sites(number: int, cases: Mapping[str, Sequence[str]]) -> tuple[list[str], list[Finding]]:
-    train, test = (set(sites_of(cases[part]).values()) for part in ("train", "test"))
-    shared = sorted(train & test)
+    test, other = (set(sites_of(ids).values()) for ids in (cases["test"], [*cases["train"], *cases["val"]]))
+    shared = sorted(test & other)
     if not shared:
         return [], []
-    text = f"fold {number}: {len(shared)} of {len(test)} tissue source sites of test are in train too ({some(shared)})"
+    text = f"fold {number}: {len(shared)} of {len(test)} tissue source sites of test are in other parts too ({some(shared)})"
     hint = "; models can learn the site (histokd splits --site-preserved)"
     return shared, [Finding(NOTE, "site_overlap", text + hint, tuple(shared))]
 

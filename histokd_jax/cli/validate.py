@@ -136,7 +136,7 @@ def _shown(value: float | None) -> str:
 
 
 def _folds(facts: list[dict]) -> list[str]:
-    shown = ["fold      train / val / test cases; the same per class; events; sites in train and test"]
+    shown = ["fold      train / val / test cases; the same per class; events; sites shared with test"]
     for fold in facts:
         cells = ["/".join(str(fold["cases"][part]) for part in ("train", "val", "test"))]
         if "classes" in fold:
@@ -145,6 +145,6 @@ def _folds(facts: list[dict]) -> list[str]:
             cells += [f"{name} {'/'.join(str(fold['classes'][part][name]) for part in parts)}" for name in names]
         if "events" in fold:
             cells.append(f"events {'/'.join(str(fold['events'][part]) for part in ('train', 'val', 'test'))}")
-        cells.append(f"sites {len(fold['sites_in_train_and_test'])}")
+        cells.append(f"sites {len(fold['sites_shared_with_test'])}")
         shown.append(f"  {fold['fold']:<8}{'  '.join(cells)}")
     return shown
