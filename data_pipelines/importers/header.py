@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.errors import DataError
+from data_pipelines.importers.hdf5 import read_dataset
 from data_pipelines.torch_file import read_torch
 
 HDF5, TORCH = (".h5", ".hdf5"), (".pt",)
@@ -85,7 +86,7 @@ def read_arrays(path: pathlib.Path, names: list[str]) -> list[np.ndarray]:
     kind = path.suffix.lower()
     if kind in HDF5:
         with import_h5py().File(path, "r") as file:
-            return [file[name][()] for name in names]
+            return [read_dataset(file[name], path) for name in names]
     if kind == ".npy":
         return [np.load(path, allow_pickle=False) for _ in names]
     if kind == ".npz":

@@ -96,8 +96,8 @@ def _sites(number: int, cases: Mapping[str, Sequence[str]]) -> tuple[list[str], 
     shared = sorted(test & other)
     if not shared:
         return [], []
-    text = f"fold {number}: {len(shared)} of {len(test)} tissue source sites of test are in other parts too ({some(shared)})"
-    hint = "; models can learn the site (histokd splits --site-preserved)"
+    text = f"fold {number}: {len(shared)} of {len(test)} tissue source sites of test are in other parts too"
+    hint = f" ({some(shared)}); models can learn the site (histokd splits --site-preserved)"
     return shared, [Finding(NOTE, "site_overlap", text + hint, tuple(shared))]
 
 
