@@ -24,12 +24,12 @@ def write(tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_separators_marks_and_line_ends(write, separator, encoding, end):
-    rows = (("case_id", " ER ", "note"), ("P1", "1", "a.b"), (" P2", "", "ö"))
+    rows = (("case_id", " ER ", "note"), ("P1", "0", "a.b"), (" P2", "", "ö"))
     path = write("".join(separator.join(row) + end for row in rows), encoding)
     table = read_text_table(path)
     assert read_header(path) == list(table.columns) == ["case_id", "ER", "note"]
-    assert table.to_numpy().tolist() == [["P1", "1", "a.b"], ["P2", "", "ö"]]
-    assert read_labels(path, "ER").value.tolist() == [1, -1]
+    assert table.to_numpy().tolist() == [["P1", "0", "a.b"], ["P2", "", "ö"]]
+    assert read_labels(path, "ER").value.tolist() == [0, -1]
 
 
 def test_quoted_cells_keep_separators_and_ids_keep_zeros(write):
