@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,19 +19,19 @@ from data_pipelines.validate.findings import ERROR, WARNING, Finding, some
 _SATURATED = 0.99 * float(np.finfo(np.float16).max)
 _ODD_SCALE = 10.0
 _SEED = 20_240_601
+_BLOCK = 4096
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class SlideStatistics:
-    """One slide: sums over patches relative to a common origin, and a digest that ignores the order of patches.
+class Statistics:
+    """Sums over patches relative to a common origin.
 
     Attributes:
       n: patches.
       total, squares: [D] float64 sums of the values and of their squares, after subtraction of the origin.
       low, high: [D] extremes.
       saturated: values at the end of the float16 range.
-      not_finite: values that are NaN or infinite.
-      digest: equal for equal sets of patches.
+      not_finite: values that are NaN or infinite; they count as the origin.
     """
 
     n: int
@@ -39,25 +41,46 @@ class SlideStatistics:
     high: np.ndarray
     saturated: int
     not_finite: int
+
+    def __add__(self, other: Statistics) -> Statistics:
+        return Statistics(
+            self.n + other.n,
+            self.total + other.total,
+            self.squares + other.squares,
+            np.minimum(self.low, other.low),
+            np.maximum(self.high, other.high),
+            self.saturated + other.saturated,
+            self.not_finite + other.not_finite,
+        )
+
+    def root_mean_square(self, origin: np.ndarray) -> float:
+        """Of all values: sum (c + o)^2 = sum c^2 + 2 o sum c + n o^2 for c = value - origin."""
+        squares = (self.squares + 2 * origin * self.total + self.n * origin**2).sum()
+        return float(np.sqrt(max(squares, 0) / (self.n * len(origin))))
+
+
+class SlideSummary(NamedTuple):
+    """What is kept of a slide: patches, `content_digest`, root mean square of its values."""
+
+    n: int
     digest: int
+    size: float
 
 
-def slide_statistics(features: np.ndarray, origin: np.ndarray) -> SlideStatistics:
-    """Statistics of one bag [n, D]; `origin` [D] float64 keeps the sums of squares accurate."""
+def statistics(features: np.ndarray, origin: np.ndarray) -> Statistics:
+    """Statistics of a bag [n, D]; `origin` [D] float64 keeps the sums of squares accurate."""
+    blocks = [features[start : start + _BLOCK] for start in range(0, len(features), _BLOCK)]
+    return functools.reduce(operator.add, (_of_block(block, origin) for block in blocks))
+
+
+def _of_block(features: np.ndarray, origin: np.ndarray) -> Statistics:
     values = features.astype(np.float64)
     finite = np.isfinite(values)
     values = np.where(finite, values, origin)
-    centred = values - origin
-    return SlideStatistics(
-        len(values),
-        centred.sum(0),
-        (centred**2).sum(0),
-        values.min(0),
-        values.max(0),
-        int((np.abs(values) >= _SATURATED).sum()),
-        int((~finite).sum()),
-        content_digest(features),
-    )
+    saturated = int((np.abs(values) >= _SATURATED).sum())
+    low, high = values.min(0), values.max(0)
+    values -= origin
+    return Statistics(len(values), values.sum(0), (values**2).sum(0), low, high, saturated, int((~finite).sum()))
 
 
 def content_digest(features: np.ndarray) -> int:
@@ -65,11 +88,15 @@ def content_digest(features: np.ndarray) -> int:
 
     Slides with equal content are stored in different orders, since the order is seeded by the slide id.
     """
-    words = np.ascontiguousarray(features).view(np.uint16).reshape(len(features), -1)
-    weights = np.random.default_rng(_SEED).integers(0, 2**63, words.shape[1], np.uint64) * np.uint64(2) + np.uint64(1)
-    rows = (words.astype(np.uint64) + np.uint64(1)) @ weights
-    rows = (rows ^ (rows >> np.uint64(31))) * np.uint64(0x9E3779B97F4A7C15)
-    return int(np.bitwise_xor(rows, rows >> np.uint64(29)).sum(dtype=np.uint64))
+    weights = np.random.default_rng(_SEED).integers(0, 2**63, features[0].nbytes // 2, np.uint64)
+    weights = weights * np.uint64(2) + np.uint64(1)
+    digest = np.uint64(0)
+    for start in range(0, len(features), _BLOCK):
+        words = np.ascontiguousarray(features[start : start + _BLOCK]).view(np.uint16)
+        rows = (words.astype(np.uint64) + np.uint64(1)) @ weights
+        rows = (rows ^ (rows >> np.uint64(31))) * np.uint64(0x9E3779B97F4A7C15)
+        digest = np.bitwise_xor(rows, rows >> np.uint64(29)).sum(dtype=np.uint64, initial=digest)
+    return int(digest)
 
 
 def check_features(
@@ -86,38 +113,41 @@ def check_features(
       Facts and findings.
     """
     reader = BagReader(manifest)
-    origin = reader.read_bag(0)[0][0].astype(np.float64)
+    origin = np.nan_to_num(reader.read_bag(0)[0][0].astype(np.float64), posinf=0.0, neginf=0.0)
 
-    def one(row: int) -> SlideStatistics:
-        found = slide_statistics(reader.read_bag(row)[0], origin)
+    def one(row: int) -> tuple[Statistics, SlideSummary]:
+        features = reader.read_bag(row)[0]
+        found = statistics(features, origin)
+        summary = SlideSummary(found.n, content_digest(features), found.root_mean_square(origin))
         progress(1)
-        return found
+        return found, summary
 
+    whole, slides = None, []
     with ThreadPoolExecutor(threads) as pool:
-        parts = list(pool.map(one, range(len(manifest.slides))))
-    return _judge(manifest, parts, origin)
+        for found, summary in pool.map(one, range(len(manifest.slides))):
+            whole = found if whole is None else whole + found
+            slides.append(summary)
+    return _judge(manifest, whole, slides, origin)
 
 
 def _judge(
-    manifest: Manifest, parts: Sequence[SlideStatistics], origin: np.ndarray
+    manifest: Manifest, whole: Statistics, slides: Sequence[SlideSummary], origin: np.ndarray
 ) -> tuple[dict[str, Any], list[Finding]]:
-    n = sum(part.n for part in parts)
-    shift = sum(part.total for part in parts) / n
-    variance = np.maximum(sum(part.squares for part in parts) / n - shift**2, 0)
-    low, high = np.min([part.low for part in parts], 0), np.max([part.high for part in parts], 0)
-    constant = np.flatnonzero(low == high)
+    shift = whole.total / whole.n
+    variance = np.maximum(whole.squares / whole.n - shift**2, 0)
+    constant = np.flatnonzero(whole.low == whole.high)
     facts = {
         "mean": float((shift + origin).mean()),
         "std": float(np.sqrt(variance).mean()),
-        "smallest": float(low.min()),
-        "largest": float(high.max()),
+        "smallest": float(whole.low.min()),
+        "largest": float(whole.high.max()),
         "constant_dimensions": constant.tolist(),
-        "saturated_values": sum(part.saturated for part in parts) if manifest.dtype == "float16" else 0,
-        "values_not_finite": sum(part.not_finite for part in parts),
+        "saturated_values": whole.saturated if manifest.dtype == "float16" else 0,
+        "values_not_finite": whole.not_finite,
     }
     findings = _constant(constant, manifest.feat_dim) + _values(facts)
-    facts["duplicates"], found = _duplicates(manifest, parts)
-    odd = _odd_scale(manifest, parts, origin)
+    facts["duplicates"], found = _duplicates(manifest, slides)
+    odd = _odd_scale(manifest, slides)
     if odd:
         text = f"the values of {len(odd)} slides are more than {_ODD_SCALE:g} times larger or smaller than usual"
         hint = "another encoder or normalisation?"
@@ -146,9 +176,9 @@ def _values(facts: dict[str, Any]) -> list[Finding]:
     return found
 
 
-def _duplicates(manifest: Manifest, parts: Sequence[SlideStatistics]) -> tuple[list[list[str]], list[Finding]]:
+def _duplicates(manifest: Manifest, summaries: Sequence[SlideSummary]) -> tuple[list[list[str]], list[Finding]]:
     groups = collections.defaultdict(list)
-    for slide, part in zip(manifest.slides, parts):
+    for slide, part in zip(manifest.slides, summaries):
         groups[part.n, part.digest].append(slide)
     twins = [group for group in groups.values() if len(group) > 1]
     findings = []
@@ -164,9 +194,7 @@ def _duplicates(manifest: Manifest, parts: Sequence[SlideStatistics]) -> tuple[l
     return [[slide.slide_id for slide in group] for group in twins], findings
 
 
-def _odd_scale(manifest: Manifest, parts: Sequence[SlideStatistics], origin: np.ndarray) -> list[str]:
-    # Root mean square of the raw values: sum (c + o)^2 = sum c^2 + 2 o sum c + n o^2 for c = value - origin.
-    squares = [(part.squares + 2 * origin * part.total + part.n * origin**2).sum() / part.n for part in parts]
-    size = np.sqrt(np.maximum(squares, 0))
-    middle = float(np.median(size))
-    return [s.slide_id for s, x in zip(manifest.slides, size) if x > _ODD_SCALE * middle or x * _ODD_SCALE < middle]
+def _odd_scale(manifest: Manifest, summaries: Sequence[SlideSummary]) -> list[str]:
+    middle = float(np.median([part.size for part in summaries]))
+    low, high = middle / _ODD_SCALE, middle * _ODD_SCALE
+    return [slide.slide_id for slide, part in zip(manifest.slides, summaries) if not low <= part.size <= high]

@@ -305,7 +305,15 @@ def test_sites_from_a_table(histokd, tmp_path):
     with DatasetWriter(tmp_path / "d", name="d", feat_dim=8) as writer:
         for i in range(12):
             writer.add(f"s{i}", f"p{i}", *folders.bag(i))
-    arguments = ("splits", tmp_path / "d", "--out", tmp_path / "s", "--site-preserved", "--folds", 2, "--val-fraction", 0.4)
+    arguments = (
+        "splits",
+        tmp_path / "d",
+        "--out",
+        tmp_path / "s",
+        "--site-preserved",
+        "--folds=2",
+        "--val-fraction=0.4",
+    )
     assert "12 of 12 cases have no known site" in histokd(*arguments).err
     (tmp_path / "t.csv").write_text("case_id,site\n" + "".join(f"p{i},{'abc'[i % 3]}\n" for i in range(12)))
     assert histokd(*arguments, "--sites", tmp_path / "t.csv").code == 0
