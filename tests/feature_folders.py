@@ -47,7 +47,7 @@ def tensor_pt(path, array):
     rows, width = array.shape
 
     def number(value):
-        return b"M" + value.to_bytes(2, "little")
+        return b"J" + value.to_bytes(4, "little")
 
     pickle = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
     pickle += b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpu" + number(array.size) + b"tQK\x00"

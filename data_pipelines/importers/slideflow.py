@@ -1,4 +1,7 @@
-"""slideflow: `{slide}.pt` (patches, width), `{slide}.index.npz` with locations, `bags_config.json` for the folder."""
+"""slideflow: `{slide}.pt` (patches, width), `{slide}.index.npz` with locations, `bags_config.json` for the folder.
+
+The files do not say whether a location is the corner or the centre of a tile; it is kept as it is.
+"""
 
 from __future__ import annotations
 

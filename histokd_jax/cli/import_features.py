@@ -124,7 +124,8 @@ def _print_plan(plan) -> None:
     facts = plan.facts
     known = {"encoder": (facts["encoder"] or {}).get("name"), "mpp": facts["mpp"], "mag": facts["magnification"]}
     told = ", ".join(f"{name} {value}" for name, value in known.items() if value is not None)
-    print(f"{len(plan.slides)} slides of width {facts['feat_dim']}, {len(plan.shards)} shards{', ' * bool(told)}{told}")
+    told = f"; {told}" if told else ""
+    print(f"{len(plan.slides)} slides of width {facts['feat_dim']}; shards: {len(plan.shards)}{told}")
     for note in plan.notes:
         print(f"  {note}")
 

@@ -22,7 +22,7 @@ def test_import_of_a_trident_job(histokd, job, tmp_path):
     shown = histokd("import", job, "--out", tmp_path / "brca", "--mpp", 0.5)
     assert shown.code == 0, shown.err
     assert "layout: trident (folder 20x_256px_0px_overlap/features_uni_v1/" in shown.out
-    assert "4 slides of width 8, 1 shards, encoder uni_v1, mpp 0.5, mag 20" in shown.out
+    assert "4 slides of width 8; shards: 1; encoder uni_v1, mpp 0.5, mag 20" in shown.out
     assert "TCGA barcode, first 12 characters; 4 slides of 3 cases" in shown.out
     manifest = Manifest.load(tmp_path / "brca")
     assert manifest.name == "brca" and f"{int(manifest.sizes.sum())} patches of width 8 in float16" in shown.out
@@ -94,5 +94,7 @@ def test_training_on_an_imported_folder(histokd, tmp_path):
     (out / "tables" / "labels.csv").write_text("case_id,ER\n" + labels)
     genes = {"case_id": np.array([s[:12] for s in slides]), "gene": np.array([f"G{i}" for i in range(64)])}
     np.savez(out / "tables" / "genes.npz", **genes, values=rng.normal(size=(24, 64)).astype(np.float32))
-    shown = histokd(*tiny.train_arguments(out, tmp_path / "run", "--no-report", train__max_epochs=1))
+    shown = histokd(
+        *tiny.train_arguments(out, tmp_path / "run", "--no-report", train__max_epochs=1, genes__ranking="anova")
+    )
     assert shown.code == 0, shown.err
