@@ -13,6 +13,7 @@ import numpy as np
 from data_pipelines import tables
 from data_pipelines.errors import DataError
 from data_pipelines.genes import GeneTable
+from data_pipelines.ids import near_matches
 from data_pipelines.tables import LabelTable, Survival, SurvivalTable
 
 SLIDE_CHOICES = ("first_sorted", "largest_bag", "listing_order")
@@ -197,9 +198,12 @@ def join_cohort(
         keys = [key for key in keys if key in known]
     if not keys:
         counts = dict(collections.Counter(drop.reason for drop in dropped))
+        held = sorted(chosen)
+        listed = [case for table in (labels, genes) if table is not None for case in table.case_id]
         raise DataError(
             f"no sample of the {len(manifest.slides)} slides joins with the tables ({counts}); check that the tables "
-            f"and the manifest use the same {unit} ids"
+            f"and the manifest use the same {unit} ids: the tables have {listed[:3]}, the manifest {held[:3]}"
+            f"{near_matches(listed, held)}"
         )
     class_of = {} if labels is None else dict(zip(labels.case_id, labels.value))
     return Cohort(

@@ -65,7 +65,7 @@ def make_folds(
     Raises:
       DataError: too few patients, or a class with fewer patients than folds under `stratify`.
     """
-    patients, first, patient_of = np.unique(np.array(cohort.case_id), return_index=True, return_inverse=True)
+    patients, first = np.unique(np.array(cohort.case_id), return_index=True)
     if not 2 <= n_folds <= len(patients):
         raise DataError(
             f"n_folds={n_folds} needs 2 <= n_folds <= patients, and the cohort has {len(patients)}; samples of one "
@@ -76,11 +76,34 @@ def make_folds(
     label = cohort.labels_for(first) if stratify else np.zeros(len(patients), np.int32)
     _check_class_sizes(label, n_folds, cohort, stratify)
     dealt = _shuffled_by_class(np.arange(len(patients)), label, np.random.default_rng([seed, n_folds]))
+    return folds_of_tests(
+        cohort, [dealt[fold::n_folds] for fold in range(n_folds)], label, val_fraction, [seed, n_folds]
+    )
+
+
+def folds_of_tests(
+    cohort: Cohort, tests: Sequence[np.ndarray], label: np.ndarray, val_fraction: float, seed: Sequence[int]
+) -> list[Split]:
+    """Folds with given test patients; of each remainder, `val_fraction` is validation.
+
+    Args:
+      cohort: the cohort.
+      tests: per fold the patients of its test part, as indices into the sorted unique case ids.
+      label: class of each of these patients, by which validation patients are drawn.
+      val_fraction: see `make_folds`.
+      seed: of the draws; the number of the fold is appended.
+
+    Returns:
+      One split per fold.
+
+    Raises:
+      DataError: the test parts do not partition the cohort.
+    """
+    patients, patient_of = np.unique(np.array(cohort.case_id), return_inverse=True)
     folds = []
-    for fold in range(n_folds):
-        test = dealt[fold::n_folds]
-        rest = np.setdiff1d(dealt, test)
-        train, val = _draw_validation(rest, label, val_fraction, np.random.default_rng([seed, n_folds, fold]))
+    for fold, test in enumerate(tests):
+        rest = np.setdiff1d(np.arange(len(patients)), test)
+        train, val = _draw_validation(rest, label, val_fraction, np.random.default_rng([*seed, fold]))
         folds.append(Split(*(_rows(np.isin(patient_of, part)) for part in (train, val, test))))
     check_partition(folds, cohort)
     return folds
@@ -176,11 +199,12 @@ def split_fingerprint(split: Split, cohort: Cohort) -> str:
 def write_folds(folds: Sequence[Split], cohort: Cohort, path: str | os.PathLike) -> None:
     """Writes splits_0.csv, splits_1.csv, ... with the columns of the published code, each atomically.
 
-    Columns: train, train_label, val, val_label, test, test_label; sample ids, padded with empty cells.
+    Columns: train, train_label, val, val_label, test, test_label; sample ids, padded with empty cells. A cohort without
+    labels is written without the label columns.
 
     Args:
       folds: splits of `cohort`.
-      cohort: a labelled cohort.
+      cohort: the cohort.
       path: directory, created if needed.
     """
     directory = pathlib.Path(path)
@@ -191,7 +215,8 @@ def write_folds(folds: Sequence[Split], cohort: Cohort, path: str | os.PathLike)
         for part in PARTS:
             rows = getattr(split, part)
             columns[part] = pd.Series([cohort.sample_id[row] for row in rows], dtype=object)
-            columns[f"{part}_label"] = pd.Series(cohort.labels_for(rows).astype(str), dtype=object)
+            if cohort.class_names:
+                columns[f"{part}_label"] = pd.Series(cohort.labels_for(rows).astype(str), dtype=object)
         content = pd.DataFrame(columns).fillna("").to_csv(index=False).encode()
         with atomic.storage_errors(directory):
             temporary = atomic.write_temporary(directory, f"splits_{fold}.csv", content)

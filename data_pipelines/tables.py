@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from data_pipelines import atomic
+from data_pipelines import atomic, text_table
 from data_pipelines.errors import DataError
 from data_pipelines.genes import GeneTable
 
@@ -56,20 +56,6 @@ class SurvivalTable:
     survival: Survival
 
 
-def _read_text(path: str | os.PathLike, columns: Sequence[str] = ()) -> pd.DataFrame:
-    """The CSV with every cell as stripped text; checks that `columns` exist."""
-    table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    table.columns = table.columns.str.strip()
-    _require(table, columns, path)
-    table = table[list(columns)] if columns else table
-    return table.apply(lambda column: column.str.strip())
-
-
-def _listed(names: Sequence[str]) -> str:
-    names = list(names)
-    return f"{names[:12]}" + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-
-
 def _check_case_ids(case_id: Sequence[str], path: str | os.PathLike) -> None:
     for row, case in enumerate(case_id):
         if not isinstance(case, str) or not case:
@@ -103,17 +89,18 @@ def read_labels(
     """
     if her2_equivocal not in HER2_POLICIES:
         raise DataError(f"labels.her2_equivocal={her2_equivocal!r} is unknown; choose one of {HER2_POLICIES}")
-    table = _read_text(path)
-    _require(table, ("case_id", task), path)
+    fish_column = f"{task}_FISH"
+    header = text_table.read_header(path)
+    table = text_table.read_text_table(path, ("case_id", task, *[name for name in (fish_column,) if name in header]))
     _check_case_ids(table["case_id"], path)
     policy = her2_equivocal if task.casefold().startswith("her2") else "drop"
-    fish = table[f"{task}_FISH"] if f"{task}_FISH" in table else None
+    fish = table[fish_column] if fish_column in table else None
     values, seen_at, missing = {}, {}, {}
     for row, (case, text) in enumerate(zip(table["case_id"], table[task])):
         where = f"{path}, line {row + 2}, column {task!r}"
         value = _parse_label(text, label_map, where)
         if value == EQUIVOCAL:
-            value = _resolve_equivocal(policy, None if fish is None else fish.iloc[row], f"{task}_FISH", where)
+            value = _resolve_equivocal(policy, None if fish is None else fish.iloc[row], fish_column, where)
         if isinstance(value, str):
             missing.setdefault(case, value)
             continue
@@ -131,12 +118,6 @@ def read_labels(
         class_names=_class_names(set(values.values()), label_map, textual, f"{path}, column {task!r}"),
         missing={case: reason for case, reason in missing.items() if case not in values},
     )
-
-
-def _require(table: pd.DataFrame, columns: Sequence[str], path: str | os.PathLike) -> None:
-    for name in columns:
-        if name not in table.columns:
-            raise DataError(f"{path}: no column {name!r}; the file has {_listed(table.columns)}")
 
 
 def _parse_label(text: str, label_map: Mapping[str, int] | None, where: str) -> int | str:
@@ -204,10 +185,10 @@ def read_survival(path: str | os.PathLike) -> SurvivalTable:
     Raises:
       DataError: missing columns, bad cells or conflicting rows; names file, line and field.
     """
-    header = [name.strip() for name in pd.read_csv(path, nrows=0, encoding="utf-8-sig").columns]
+    header = text_table.read_header(path)
     flipped = "event" not in header
     columns = ("survival_months", "censorship") if flipped else ("time_months", "event")
-    table = _read_text(path, ("case_id", *columns))
+    table = text_table.read_text_table(path, ("case_id", *columns))
     _check_case_ids(table["case_id"], path)
     known: dict[str, tuple[float, bool]] = {}
     for row, cells in enumerate(table.itertuples(index=False, name=None)):
@@ -257,11 +238,16 @@ def read_gene_table(path: str | os.PathLike, *, suffix: str | None = None) -> Ge
                 raise DataError(f"{path}: no field {sorted(absent)}; expected case_id, gene, values")
             case_id, gene = ([str(item) for item in stored[name]] for name in ("case_id", "gene"))
             return GeneTable(tuple(case_id), tuple(gene), stored["values"].astype(np.float32))
-    table = pd.read_csv(path, encoding="utf-8-sig", low_memory=False, dtype={"case_id": str})
-    _require(table, ("case_id",), path)
+    header = text_table.read_header(path)
+    text_table.require_columns(header, ("case_id",), path)
+    separator = text_table.separator_of(path)
+    table = pd.read_csv(path, sep=separator, encoding="utf-8-sig", low_memory=False, dtype={"case_id": str})
+    table.columns = table.columns.str.strip()
     table["case_id"] = table["case_id"].str.strip()
     _check_case_ids(table["case_id"], path)
     columns = _gene_columns(list(table.columns), suffix, path)
+    # pandas renames a doubled column X to X.1; the file's own header shows it.
+    text_table.require_columns(header, [name for name in columns if name in header], path)
     values = np.column_stack([_numeric(table[name], path) for name in columns])
     keep = ~table["case_id"].duplicated().to_numpy()
     suffix = suffix or ("_rnaseq" if columns[0].endswith("_rnaseq") else "")
@@ -280,8 +266,8 @@ def _gene_columns(columns: list[str], suffix: str | None, path: str | os.PathLik
     if not found:
         others = {end: sum(name.endswith(end) for name in columns) for end in ("_rnaseq", "_cnv", "_mut")}
         raise DataError(
-            f"{path}: no gene column {'*' + (suffix or '_rnaseq')!r} among {_listed(columns)}; by suffix there are "
-            f"{others}: pass suffix= to read another kind"
+            f"{path}: no gene column {'*' + (suffix or '_rnaseq')!r} among {text_table.listed(columns)}; by suffix "
+            f"there are {others}: pass suffix= to read another kind"
         )
     return found
 
@@ -329,7 +315,7 @@ def read_ranking_table(path: str | os.PathLike) -> dict[str, float]:
     Raises:
       DataError: missing columns, a p outside [0, 1], or a gene twice; names file, line and value.
     """
-    table = _read_text(path, ("gene", "p"))
+    table = text_table.read_text_table(path, ("gene", "p"))
     ranking: dict[str, float] = {}
     for row, (gene, text) in enumerate(table.itertuples(index=False, name=None)):
         p = pd.to_numeric(text, errors="coerce")

@@ -8,9 +8,6 @@ Equal input gives equal bytes: no file holds a time, a host or a path. One write
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import errno
-import hashlib
 import os
 import pathlib
 from collections.abc import Mapping
@@ -18,14 +15,13 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordWriter
 
-from data_pipelines import atomic, bag, codec, schema, tfds_face
+from data_pipelines import atomic, bag, shards, tfds_face
 from data_pipelines.errors import BagError, DataError, DatasetExistsError
-from data_pipelines.manifest import MANIFEST_FILE, SLIDES_FILE, Shard, Slide, manifest_bytes, sha256_file, slides_bytes
+from data_pipelines.manifest import MANIFEST_FILE, Slide
 
 SHARD_BYTES = 1 << 30
-_WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
 class DatasetWriter:
@@ -72,26 +68,25 @@ class DatasetWriter:
         chunk_patches: int | None = None,
         overwrite: bool = False,
     ):
-        self._facts = {
-            "name": name,
-            "feat_dim": feat_dim,
-            "dtype": dtype,
-            "chunk_patches": _chunk_patches(feat_dim, dtype, chunk_patches),
-            "seed": int(seed),
-            "encoder": encoder,
-            "mpp": mpp,
-            "magnification": magnification,
-            "patch_size_level0": patch_size_level0,
-            "simulated": bool(simulated),
-            "simulation": simulation,
-            "notes": notes,
-        }
-        _check_json(self._facts)
+        self._facts = shards.dataset_facts(
+            name=name,
+            feat_dim=feat_dim,
+            dtype=dtype,
+            seed=seed,
+            encoder=encoder,
+            mpp=mpp,
+            magnification=magnification,
+            patch_size_level0=patch_size_level0,
+            simulated=simulated,
+            simulation=simulation,
+            notes=notes,
+            chunk_patches=chunk_patches,
+        )
         self._directory = pathlib.Path(directory)
         if (self._directory / MANIFEST_FILE).exists() and not overwrite:
             fix = "choose another directory or pass overwrite=True"
             raise DatasetExistsError(f"{self._directory} holds a complete dataset; {fix}")
-        self._dtype, self._chunk = np.dtype(schema.FEATURE_DTYPES[dtype]), self._facts["chunk_patches"]
+        self._dtype, self._chunk = shards.stored_dtype(self._facts), self._facts["chunk_patches"]
         self._shard_bytes = shard_bytes
         self._slides: list[Slide] = []
         self._keys: set[str] = set()
@@ -151,14 +146,12 @@ class DatasetWriter:
             raise
 
     def _write_bag(self, slide_id: str, features: np.ndarray, coords: np.ndarray) -> int:
-        order = bag.permutation(self._facts["seed"], slide_id, len(features))
-        starts = range(0, len(order), self._chunk)
-        for chunk, start in enumerate(starts):
-            rows = order[start : start + self._chunk]
-            record = codec.encode(features[rows].astype(self._dtype, copy=False), coords[rows], slide_id, chunk)
+        n_records = 0
+        for record in shards.bag_records(self._facts, slide_id, features, coords):
             self._shard.write(record)
             self._filled += len(record)
-        return len(starts)
+            n_records += 1
+        return n_records
 
     def _shard_file(self, index: int) -> pathlib.Path:
         return atomic.temporary(self._directory, f"shard-{index:05d}")
@@ -167,9 +160,7 @@ class DatasetWriter:
         if self._shard is not None and self._filled + n_bytes <= self._shard_bytes:
             return
         self._close_shard()
-        path = self._shard_file(len(self._counts))
-        path.touch()  # Fails with a precise OSError where ArrayRecord would raise a bare RuntimeError.
-        self._shard = ArrayRecordWriter(str(path), _WRITER_OPTIONS)
+        self._shard = shards.open_shard(self._shard_file(len(self._counts)))
         self._counts.append(0)
         self._filled = 0
 
@@ -177,42 +168,16 @@ class DatasetWriter:
         if self._shard is None:
             return
         shard, self._shard = self._shard, None
-        shard.close()
-        path = self._shard_file(len(self._counts) - 1)
-        reader = ArrayRecordReader(str(path))
-        written = reader.num_records()
-        reader.close()
-        if written != self._counts[-1]:
-            reason = f"a closed shard holds {written} records, {self._counts[-1]} belong to complete slides"
-            raise OSError(errno.EIO, reason)
-        atomic.sync(path)
+        shards.close_shard(shard, self._shard_file(len(self._counts) - 1), self._counts[-1])
 
     def _finish(self) -> None:
         self._close_shard()
         if not self._slides:
             raise DataError(f"{self._directory}: no slide was added; a dataset needs at least one")
-        stale = set(self._directory.glob(tfds_face.SHARD_GLOB))
         names = [tfds_face.shard_name(i, len(self._counts)) for i in range(len(self._counts))]
-        moves = {self._shard_file(i): self._directory / name for i, name in enumerate(names)}
-        shards = [
-            Shard(target.name, n_records, path.stat().st_size, sha256_file(path))
-            for (path, target), n_records in zip(moves.items(), self._counts)
-        ]
-        slides = slides_bytes(self._slides)
-        files = tfds_face.metadata(self._facts["name"], self._facts["feat_dim"], self._dtype.name, shards)
-        for name, content in {**files, SLIDES_FILE: slides}.items():
-            moves[atomic.write_temporary(self._directory, name, content)] = self._directory / name
-        manifest = atomic.write_temporary(self._directory, MANIFEST_FILE, self._manifest(shards, slides))
-        atomic.publish(moves, (manifest, self._directory / MANIFEST_FILE), stale)
-
-    def _manifest(self, shards: list[Shard], slides: bytes) -> bytes:
-        totals = {
-            "shards": [dataclasses.asdict(shard) for shard in shards],
-            "n_slides": len(self._slides),
-            "n_patches": sum(slide.n_patches for slide in self._slides),
-            "slides_sha256": hashlib.sha256(slides).hexdigest(),
-        }
-        return manifest_bytes(self._facts | totals)
+        files = [self._shard_file(i) for i in range(len(self._counts))]
+        staged = [(file, shards.describe_shard(file, *entry)) for file, *entry in zip(files, names, self._counts)]
+        shards.complete(self._directory, self._facts, staged, self._slides)
 
     def _abandon(self) -> None:
         """Drops what was written; errors are ignored because the one that led here matters more."""
@@ -222,23 +187,3 @@ class DatasetWriter:
                 shard.close()
         with contextlib.suppress(OSError):
             atomic.remove_temporaries(self._directory)
-
-
-def _chunk_patches(feat_dim: int, dtype: str, wanted: int | None) -> int:
-    if feat_dim < 1 or dtype not in schema.FEATURE_DTYPES:
-        known = sorted(schema.FEATURE_DTYPES)
-        raise DataError(f"feat_dim is {feat_dim} and dtype is {dtype!r}, expected at least 1 and one of {known}")
-    chunk = schema.chunk_patches(feat_dim, dtype) if wanted is None else int(wanted)
-    n_bytes = chunk * feat_dim * np.dtype(schema.FEATURE_DTYPES[dtype]).itemsize
-    if chunk < 1 or n_bytes > codec.MAX_BYTES:
-        limit = codec.MAX_BYTES
-        raise DataError(f"chunk_patches is {chunk} ({n_bytes} bytes), expected at least 1 and at most {limit} bytes")
-    return chunk
-
-
-def _check_json(facts: Mapping[str, Any]) -> None:
-    try:
-        manifest_bytes(facts)
-    except (TypeError, ValueError) as error:
-        reason = "the facts about a dataset (encoder, simulation, mpp, ...) must be JSON-serialisable, without NaN"
-        raise DataError(f"{reason}: {error}") from error

@@ -10,11 +10,26 @@ from logging import LogRecord
 from absl import logging
 
 from histokd_jax import __version__
-from histokd_jax.cli import demo, errors, evaluate, predict, report, simulate, sweep, train
+from histokd_jax.cli import (
+    demo,
+    errors,
+    evaluate,
+    import_features,
+    predict,
+    report,
+    simulate,
+    splits,
+    sweep,
+    train,
+    validate,
+)
 
 COMMANDS = {
     "demo": demo,
     "simulate": simulate,
+    "import": import_features,
+    "validate": validate,
+    "splits": splits,
     "train": train,
     "sweep": sweep,
     "evaluate": evaluate,
@@ -26,6 +41,7 @@ EPILOG = """\
 A first session:
   histokd demo                                   everything end to end on a simulated cohort, a few minutes
   histokd simulate --out data/sim                write a simulated cohort
+  histokd import FEATURE_FOLDER --out data/mine  bring your own cohort: CLAM, TRIDENT, STAMP, ... features
   histokd train --config configs/mkd.py:er,fold=all --workdir runs/er --config.data.dir=DATASET
   histokd predict --model runs/er --data NEW_DATASET --out predictions.csv
 """
@@ -57,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: arguments without the program name; None takes those of the process.
 
     Returns:
-      Exit code: 0 success, 1 bad input or failure (one clear line on stderr), 130 interrupted after a checkpoint.
+      Exit code: 0 success, 1 bad input or failure (one clear line on stderr), 130 interrupted after a checkpoint; a
+        command may define others (`histokd import`: 3, files in quarantine).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     top = parser()
