@@ -28,9 +28,13 @@ LAYERS = {
         *("histokd_jax.types", "histokd_jax.ops", "data_pipelines"),
     },
     "histokd_jax.inference": {"histokd_jax.train", "histokd_jax.evals", "data_pipelines"},
+    "histokd_jax.convert": {
+        *("histokd_jax.convert", "histokd_jax.methods", "histokd_jax.train", "histokd_jax.utils", "histokd_jax.types"),
+        "data_pipelines",
+    },
     "histokd_jax.cli": {
         *("histokd_jax.cli", "histokd_jax.train", "histokd_jax.evals", "histokd_jax.report", "histokd_jax.utils"),
-        *("histokd_jax.inference", "data_pipelines"),
+        *("histokd_jax.inference", "histokd_jax.convert", "data_pipelines"),
     },
     "configs": {"configs"},
 }

@@ -10,7 +10,7 @@ from logging import LogRecord
 from absl import logging
 
 from histokd_jax import __version__
-from histokd_jax.cli import demo, errors, evaluate, predict, report, simulate, sweep, train
+from histokd_jax.cli import convert, demo, errors, evaluate, predict, report, simulate, sweep, train
 
 COMMANDS = {
     "demo": demo,
@@ -19,6 +19,7 @@ COMMANDS = {
     "sweep": sweep,
     "evaluate": evaluate,
     "predict": predict,
+    "convert": convert,
     "report": report,
 }
 

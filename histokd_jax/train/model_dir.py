@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -57,7 +58,6 @@ class Model:
 def export(directory: pathlib.Path, params: Any, experiment: Experiment, data: FoldData, fold: int) -> None:
     """Writes a model folder; model.json last, so that an incomplete folder has none."""
     manifest = experiment.manifest
-    export_groups(directory, params)
     fields = ("genes",) if data.selections else ()
     facts = {
         "method": experiment.cfg.method,
@@ -75,12 +75,71 @@ def export(directory: pathlib.Path, params: Any, experiment: Experiment, data: F
             "data_fingerprint": manifest.fingerprint(),
             "split_hash": data.split_hash,
         },
-        "params_sha256": {group: params_hash(tree) for group, tree in params.items()},
     }
+    write(directory, params, facts)
+
+
+def write(directory: pathlib.Path, params: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Writes parameter groups and their facts, which need not come from a run of this library.
+
+    Args:
+      directory: the model folder.
+      params: group -> tree.
+      facts: content of model.json but for the hashes: method, config, spec, class_names, encoder, mpp, selections,
+        fold, trained_on.
+    """
+    export_groups(directory, params)
+    facts = {**facts, "params_sha256": {group: params_hash(tree) for group, tree in params.items()}}
     if not distributed.is_main():
         return
     with atomic_writer(directory / MODEL_FILE) as stream:
         json.dump(facts, stream, indent=2, sort_keys=True)
+
+
+def read_facts(directory: pathlib.Path) -> dict[str, Any]:
+    """model.json of a model folder.
+
+    Raises:
+      CheckpointMismatchError: there is none.
+    """
+    path = directory / MODEL_FILE
+    if not path.is_file():
+        raise CheckpointMismatchError(f"{directory} holds no {MODEL_FILE}: give a folder like RUN/fold_0/model")
+    return json.loads(path.read_text())
+
+
+def rebuild(facts: Mapping[str, Any]) -> tuple[ConfigDict, DataSpec, Method]:
+    """Configuration, data specification and method that the facts of a model describe."""
+    cfg = config_utils.from_json(json.dumps(facts["config"]))
+    spec = DataSpec(**facts["spec"])
+    return cfg, spec, registry.get_method(facts["method"])(cfg, spec)
+
+
+def read_groups(
+    directory: pathlib.Path, facts: Mapping[str, Any], method: Method, groups: Iterable[str]
+) -> tuple[dict[str, Any], Any]:
+    """Parameter groups of a model folder, compared with their hashes.
+
+    Args:
+      directory: the model folder.
+      facts: its model.json.
+      method: built from it.
+      groups: which to read.
+
+    Returns:
+      (group -> tree, extra state, which is empty).
+
+    Raises:
+      CheckpointMismatchError: a missing network, other shapes, or contents that differ from their hash.
+    """
+    like, extra = jax.eval_shape(method.init, jax.random.key(0))
+    if jax.tree.leaves(extra):
+        raise CheckpointMismatchError(f"{facts['method']} keeps extra state, which model folders do not hold")
+    params = load_groups(directory, like, groups)
+    for group, tree in params.items():
+        if params_hash(tree) != facts["params_sha256"][group]:
+            raise CheckpointMismatchError(f"{directory / group} differs from its hash in {MODEL_FILE}: damaged?")
+    return params, extra
 
 
 def load(directory: pathlib.Path, mode: str) -> Model:
@@ -94,21 +153,10 @@ def load(directory: pathlib.Path, mode: str) -> Model:
       CheckpointMismatchError: no model, a missing network, other shapes, or contents that differ from their hash.
       ValueError: the method has no such mode.
     """
-    path = directory / MODEL_FILE
-    if not path.is_file():
-        raise CheckpointMismatchError(f"{directory} holds no {MODEL_FILE}: give a folder like RUN/fold_0/model")
-    facts = json.loads(path.read_text())
-    cfg = config_utils.from_json(json.dumps(facts["config"]))
-    spec = DataSpec(**facts["spec"])
-    method = registry.get_method(facts["method"])(cfg, spec)
+    facts = read_facts(directory)
+    cfg, spec, method = rebuild(facts)
     needed = method.mode(mode)
-    like, extra = jax.eval_shape(method.init, jax.random.key(0))
-    if jax.tree.leaves(extra):
-        raise CheckpointMismatchError(f"{facts['method']} keeps extra state, which model folders do not hold")
-    params = load_groups(directory, like, needed.params)
-    for group, tree in params.items():
-        if params_hash(tree) != facts["params_sha256"][group]:
-            raise CheckpointMismatchError(f"{directory / group} differs from its hash in {MODEL_FILE}: damaged?")
+    params, extra = read_groups(directory, facts, method, needed.params)
     selections = {
         field: GeneSelection.from_json(json.dumps(value))
         for field, value in facts["selections"].items()
