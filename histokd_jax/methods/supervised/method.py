@@ -93,7 +93,7 @@ class _Supervised:
         stage: str = STAGE,
         values: Mapping[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, dict]:
-        """Scalar loss and metrics, see `histokd_jax.methods.supervised.objective`; `values` as in `Method.objective`."""
+        """Scalar loss and metrics, see `supervised.objective`; `values` as in `Method.objective`."""
         spec = self.objective_spec if values is None else self.objective_spec.with_values(values)
         return objectives.objective(spec, outputs, batch, step, stage)
 
