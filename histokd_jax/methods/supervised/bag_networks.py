@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from histokd_jax.methods.supervised.networks import GENES, PATCHES, Network, NetworkSpec, Options
+from histokd_jax.methods.supervised.networks import CLUSTERS, GENES, PATCHES, Network, NetworkSpec, Options
 from histokd_jax.methods.supervised.torch_keys import Tensor, gated_attention, linear
 from histokd_jax.nn.mil.abmil import AbmilNet
+from histokd_jax.nn.mil.clustered import DeepAttnMislNet
 from histokd_jax.nn.mil.deepsets import POOLS, SUM, DeepSetsNet
 from histokd_jax.nn.mil.readout import BILINEAR, CONCAT, FUSIONS, NONE, OMIC_BLOCKS
 from histokd_jax.nn.snn import SnnNet
@@ -127,4 +128,35 @@ ABMIL = Network(
     torch=_abmil_torch,
     choices={"fusion": FUSIONS, "init": (TORCH_DEFAULT, XAVIER_NORMAL)},
     initializer=lambda options: None if options["init"] == TORCH_DEFAULT else options["init"],
+)
+
+
+def _deepattnmisl(spec: NetworkSpec, options: Options) -> DeepAttnMislNet:
+    return DeepAttnMislNet(
+        spec.feat_dim,
+        spec.num_outputs,
+        options["clusters"],
+        options["width"],
+        options["attn"],
+        options["rho"],
+        options["fusion"],
+        spec.num_genes,
+        options["dropout"],
+        **_machine(spec),
+    )
+
+
+def _deepattnmisl_torch(options: Options) -> Mapping[str, Tensor]:
+    parts = {"0": "first", "3": "second"}
+    phis = {f"phis.{j}.{i}": f"{ours}_{j}" for j in range(options["clusters"]) for i, ours in parts.items()}
+    attention = gated_attention("attention_net.3", "attention")
+    return linear({**phis, "attention_net.0": "proj", **attention, **_readout_layers(options)})
+
+
+DEEPATTNMISL = Network(
+    build=_deepattnmisl,
+    reads=lambda options: (PATCHES, CLUSTERS, *_reads_patches(options)[1:]),
+    options={"clusters": 10, "width": 512, "attn": 256, "rho": 256, "fusion": NONE, "dropout": DROPOUT},
+    torch=_deepattnmisl_torch,
+    choices={"fusion": FUSIONS},
 )

@@ -45,9 +45,9 @@ NETWORKS: Mapping[str, str] = {
     "deepsets": f"{_BAGS}:DEEPSETS",
     "abmil": f"{_BAGS}:ABMIL",
     "deepattnmisl": f"{_BAGS}:DEEPATTNMISL",
-    "clam_sb": f"{_BAGS}:CLAM_SB",
-    "clam_mb": f"{_BAGS}:CLAM_MB",
-    "dsmil": f"{_BAGS}:DSMIL",
+#    "clam_sb": f"{_BAGS}:CLAM_SB",
+#    "clam_mb": f"{_BAGS}:CLAM_MB",
+#    "dsmil": f"{_BAGS}:DSMIL",
 }
 """Name (config key `model.name`) -> "module:attribute" of a `Network`. Imported on demand."""
 
