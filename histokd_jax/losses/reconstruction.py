@@ -1,4 +1,4 @@
-"""Reconstruction of standardised gene groups: scaled cosine error and squared error (G-HANet specification, section 5)."""
+"""Reconstruction of standardised gene groups: scaled cosine and squared error (G-HANet specification, section 5)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def scaled_cosine_error(
     z, r = accumulate(target, where), accumulate(prediction, where)
     error = 1.0 - jnp.sum(unit(r) * unit(z), axis=-1)
     # Rounding may leave a tiny negative distance, whose fractional power would be NaN.
-    error = jnp.maximum(error, 0.0) ** power
+    error = jnp.maximum(error, 0.0) ** (int(power) if float(power).is_integer() else power)
     return error if where is None else jnp.where(where, error, 0.0)
 
 
@@ -72,8 +72,8 @@ def group_errors(
     """
     if prediction.shape != target.shape or sum(sizes) != prediction.shape[-1]:
         raise ValueError(
-            f"predictions {prediction.shape} and targets {target.shape} must be [b, K] with K = {sum(sizes)}, the sum of "
-            f"the group sizes {tuple(sizes)}"
+            f"predictions {prediction.shape} and targets {target.shape} must be [b, K] with K = {sum(sizes)}, the sum "
+            f"of the group sizes {tuple(sizes)}"
         )
     cosine, square, start = [], [], 0
     nothing = jnp.zeros(prediction.shape[0], jnp.promote_types(prediction.dtype, jnp.float32))

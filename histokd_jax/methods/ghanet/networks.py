@@ -57,7 +57,7 @@ class NetworkSpec:
       ratio: fraction of patches that Q keeps.
       min_k: least number of patches that Q keeps (D12).
       detach_map: stop the gradient of Q (D10).
-      map_source: "raw" mean score or "prob", mean of head probabilities (D9).
+      map_source: "raw" mean score, or "prob": mean of head probabilities (D9).
       map_pass: "last" or "first" pass of CAB.
       hyper_layer: whether step 8 exists.
       self_attention: whether step 10 exists.
@@ -110,7 +110,7 @@ class NetworkSpec:
 
 
 class _Pass(NamedTuple):
-    """What a cross-attention pass leaves behind: output [S, T, H], queries [S or 1, heads * T, H], lse [S, heads * T]."""
+    """One cross-attention pass: output [S, T, H], queries [S or 1, heads * T, H], lse [S, heads * T]."""
 
     output: jax.Array
     queries: jax.Array
@@ -306,9 +306,7 @@ class HsbNet(nn.Module):
           The parts that exist of {"P": [1, R, L], "Q": [T, R, L], "uniform": [1, R, L]}, and their mixture "G"
           [T, R, L]; every row sums to 1 over a slide and is 0 on padding.
         """
-        rows = attention_weights(
-            *self._arguments(bags, values, None), num_slots=bags.num_slots, chunk=self.spec.chunk
-        )
+        rows = attention_weights(*self._arguments(bags, values, None), num_slots=bags.num_slots, chunk=self.spec.chunk)
         parts = self._split(rows)
         named = {{MORPHOLOGY: "P", GENOTYPE: "Q"}.get(name, name): part for name, part in parts.items()}
         return named | {"G": self._average(parts)}

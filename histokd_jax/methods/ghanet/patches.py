@@ -7,6 +7,7 @@ anything, and a slide may span rows and devices.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -116,7 +117,10 @@ class ContextPatches:
 
 @dataclasses.dataclass(frozen=True)
 class HeadProbabilities:
-    """Mean over heads of the attention probabilities of CAB, as a map (deviation D9).
+    """The map from mean attention probabilities in place of mean raw scores (deviation D9).
+
+    It is the logarithm of the mean over heads, so that the softmax over kept patches renormalises the probabilities,
+    and repeating every patch changes nothing.
 
     Attributes:
       context: the chunk function of the pass.
@@ -132,7 +136,8 @@ class HeadProbabilities:
         """[T, n]; params of the pass and "lse" [S, heads * T], the normaliser of every slide."""
         scores = self.context.scores(params, aux, x, segment_ids, positions)
         lse = params["lse"][jnp.maximum(segment_ids - 1, 0)].T
-        return jnp.mean(jnp.exp(scores - lse).reshape(self.heads, -1, scores.shape[1]), axis=0)
+        log_prob = (scores - lse).reshape(self.heads, -1, scores.shape[1])
+        return jax.nn.logsumexp(log_prob, axis=0) - math.log(self.heads)
 
 
 @dataclasses.dataclass(frozen=True)

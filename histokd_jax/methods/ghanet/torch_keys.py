@@ -1,4 +1,4 @@
-"""Names of the authors' PyTorch checkpoints against this library's parameter paths, both ways (key table, section 4.7)."""
+"""Names of the authors' PyTorch checkpoints against this library's parameter paths, both ways (section 4.7)."""
 
 from __future__ import annotations
 
@@ -72,8 +72,9 @@ def tensor_names(groups: Sequence[int], second_attention: str = "shared") -> dic
     """
     heads, norms = {}, {}
     for i in (i for i, size in enumerate(groups) if size):
-        heads |= {f"recon_net.sig_reconstruct_net.{i}.{j}": f"HEADS/head_{i}/{n}" for j, n in ((0, "dense"), (4, "out"))}
-        norms[f"recon_net.sig_reconstruct_net.{i}.1"] = f"HEADS/head_{i}/norm"
+        torch, ours = f"recon_net.sig_reconstruct_net.{i}", f"HEADS/head_{i}"
+        heads |= {f"{torch}.0": f"{ours}/dense", f"{torch}.4": f"{ours}/out"}
+        norms[f"{torch}.1"] = f"{ours}/norm"
     names = {_TOKENS: "CAB/tokens"}
     names |= _attention("recon_net.cross_attention0", "CAB/cross_attn") | _attention("attention", "HSB/self_attn")
     if second_attention == "own":
