@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
-from histokd_jax.convert.matching import ConversionError, Tensors, find
+from histokd_jax.convert.matching import ConversionError, Tensors, plain
+from histokd_jax.types import CLASSIFICATION, SURVIVAL, DataSpec
 
-Sizes = Mapping[str, tuple[str, int]]
-"""Field of `DataSpec` -> (checkpoint key, axis) that shows it."""
+Groups = Mapping[str, Any]
+"""Parameter group -> tree."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupSizes:
+    """Where a checkpoint shows the sizes of the gene groups.
+
+    Attributes:
+      pattern: of a whole key, with the number of the group as its only group.
+      axis: axis of these tensors that is the size.
+    """
+
+    pattern: str
+    axis: int
+
+    def read(self, state: Tensors) -> tuple[int, ...]:
+        """Sizes by number of the group, 0 where a number is left out; () without any such key."""
+        keys = {key: re.fullmatch(self.pattern, plain(key)) for key in state}
+        found = {int(m.group(1)): int(np.shape(state[key])[self.axis]) for key, m in keys.items() if m}
+        return tuple(found.get(number, 0) for number in range(max(found, default=-1) + 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,37 +42,23 @@ class Adapter:
 
     Attributes:
       name: for messages.
-      from_torch: {key: array} of exactly this network -> parameter tree.
+      groups: parameter groups that one checkpoint fills.
+      from_torch: {key: array} of exactly this network, and the widths -> parameter groups.
       to_torch: the reverse.
       dead: beginnings of keys that the authors' code stores and never uses.
-      sizes: where the widths of the data can be read off.
+      task: "classification" or "survival"; "" if the configuration decides.
+      gene_groups: where the sizes of gene groups can be read off, if there are any.
+      genes_in_config: whether the number of genes is a setting (genes.top_k), which no tensor shows.
     """
 
     name: str
-    from_torch: Callable[[Tensors], Mapping[str, Any]]
-    to_torch: Callable[[Mapping[str, Any]], Tensors]
+    groups: tuple[str, ...]
+    from_torch: Callable[[Tensors, DataSpec], Groups]
+    to_torch: Callable[[Groups, DataSpec], Tensors]
     dead: tuple[str, ...] = ()
-    sizes: Sizes = dataclasses.field(default_factory=dict)
-
-    def size(self, state: Tensors, field: str, where: str) -> int | None:
-        """A width of the data as the tensors show it; None if they do not.
-
-        Args:
-          state: the checkpoint.
-          field: of `DataSpec`.
-          where: the file, for messages.
-
-        Raises:
-          ConversionError: the checkpoint lacks the key that shows it, or the key has too few axes.
-        """
-        if field not in self.sizes:
-            return None
-        key, axis = self.sizes[field]
-        value = find(state, key)
-        if value is None or value.ndim <= axis:
-            what = "is missing" if value is None else f"has shape {value.shape}"
-            raise ConversionError(f"{where}: not a checkpoint of {self.name}: {key} {what}")
-        return int(value.shape[axis])
+    task: str = CLASSIFICATION
+    gene_groups: GroupSizes | None = None
+    genes_in_config: bool = False
 
 
 def adapters(cfg: ConfigDict) -> dict[str, Adapter]:
@@ -61,10 +68,10 @@ def adapters(cfg: ConfigDict) -> dict[str, Adapter]:
       cfg: resolved configuration.
 
     Returns:
-      Parameter group -> adapter.
+      Name, as in NETWORK=FILE -> adapter.
 
     Raises:
-      ConversionError: there are none for this method or network.
+      ConversionError: there are none for this method or these options.
     """
     if cfg.method not in _METHODS:
         raise ConversionError(f"method {cfg.method!r} has no published checkpoints to convert; {sorted(_METHODS)} have")
@@ -74,20 +81,63 @@ def adapters(cfg: ConfigDict) -> dict[str, Adapter]:
 def _mkd(cfg: ConfigDict) -> dict[str, Adapter]:
     from histokd_jax.methods.mkd import torch_keys
 
-    inputs = {"S_P": "_fc1.0.weight", "T_M": "wsi_net.0.weight"}
-    heads = {"S_P": "classifier.fc.weight", "T_M": "classifier.weight"}
-    heads["T_G"] = "abmil.classifier.fc.weight" if cfg.variant == "mkd" else "classifier.weight"
-    found = {}
-    for group, head in heads.items():
+    def one(group: str) -> Adapter:
         options = dict(network=group, variant=cfg.variant, fusion=cfg.fusion.type)
-        found[group] = Adapter(
+        return Adapter(
             f"{cfg.variant} {group}",
-            functools.partial(torch_keys.from_torch, **options),
-            functools.partial(torch_keys.to_torch, **options),
+            (group,),
+            lambda state, spec: {group: torch_keys.from_torch(state, **options)},
+            lambda params, spec: torch_keys.to_torch(params[group], **options),
             torch_keys.UNUSED.get((group, cfg.variant), ()),
-            {"num_classes": (head, 0), **({"feat_dim": (inputs[group], 1)} if group in inputs else {})},
+            genes_in_config=True,
         )
-    return found
+
+    return {group: one(group) for group in (torch_keys.STUDENT, torch_keys.MULTIMODAL, torch_keys.GENOMIC)}
 
 
-_METHODS: Mapping[str, Callable[[ConfigDict], dict[str, Adapter]]] = {"mkd": _mkd}
+def _ghanet(cfg: ConfigDict) -> dict[str, Adapter]:
+    from histokd_jax.methods.ghanet import networks, torch_keys
+
+    if cfg.cab.second_attention != networks.SHARED:
+        raise ConversionError(
+            "the authors' code applies the first cross-attention twice: add --config.cab.second_attention="
+            f"{networks.SHARED}, or take the faithful configuration"
+        )
+    groups = (networks.CAB, networks.HEADS, networks.HSB)
+    adapter = Adapter(
+        "G-HANet",
+        groups,
+        lambda state, spec: torch_keys.from_torch(state, spec.gene_groups),
+        lambda params, spec: torch_keys.to_torch(params, spec.gene_groups),
+        (torch_keys.UNUSED,),
+        SURVIVAL,
+        GroupSizes(r"recon_net\.sig_reconstruct_net\.(\d+)\.4\.weight", 0),
+    )
+    return {"ghanet": adapter}
+
+
+def _supervised(cfg: ConfigDict) -> dict[str, Adapter]:
+    from histokd_jax.methods.supervised import torch_keys
+    from histokd_jax.methods.supervised.config import selected
+    from histokd_jax.methods.supervised.method import GROUP
+
+    entry, options = selected(cfg)
+    tensors, name = entry.torch(options), cfg.model.name
+    adapter = Adapter(
+        name,
+        (GROUP,),
+        lambda state, spec: {GROUP: torch_keys.from_torch(state, tensors, name)},
+        lambda params, spec: torch_keys.to_torch(params[GROUP], tensors, name),
+        _DEAD.get(name, ()),
+        "",
+    )
+    return {name: adapter}
+
+
+_METHODS: Mapping[str, Callable[[ConfigDict], dict[str, Adapter]]] = {
+    "mkd": _mkd,
+    "ghanet": _ghanet,
+    "supervised": _supervised,
+}
+# A buffer of the smooth top-1 loss on instances, stored with the network that was trained with it.
+_DEAD: Mapping[str, tuple[str, ...]] = {"clam_sb": ("instance_loss_fn.",), "clam_mb": ("instance_loss_fn.",)}

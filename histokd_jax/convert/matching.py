@@ -48,13 +48,6 @@ def plain(key: str) -> str:
     return ".".join(part for part in key.split(".") if part != "module")
 
 
-def find(state: Tensors, key: str) -> np.ndarray | None:
-    """The tensor that a checkpoint holds under a key, wrapped or not; None if there is none."""
-    if key in state:
-        return state[key]
-    return next((value for name, value in state.items() if plain(name) == plain(key)), None)
-
-
 def match(
     state: Tensors, expected: Mapping[str, tuple[int, ...]], dead: Sequence[str], *, where: str, network: str
 ) -> Matched:

@@ -13,9 +13,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipelines import torch_file
+from histokd_jax.convert import widths
 from histokd_jax.convert.adapters import Adapter, adapters
 from histokd_jax.convert.matching import ConversionError, Matched, Tensors, match
-from histokd_jax.methods import registry
 from histokd_jax.train import model_dir
 from histokd_jax.types import DataSpec
 from histokd_jax.utils import config as config_utils
@@ -28,7 +28,7 @@ class Converted:
     Attributes:
       params: parameter group -> tree, float32.
       spec: what it expects of the data, widths as the tensors show them.
-      matched: parameter group -> what was taken from its checkpoint.
+      matched: network -> what was taken from its checkpoint.
     """
 
     params: Mapping[str, Any]
@@ -41,7 +41,7 @@ def from_checkpoints(cfg: ConfigDict, checkpoints: Mapping[str, pathlib.Path]) -
 
     Args:
       cfg: resolved configuration: method, network and its options.
-      checkpoints: parameter group -> .pt, .pth or .safetensors; "" for the only network of a method.
+      checkpoints: network -> .pt, .pth or .safetensors; "" for the only network of a method.
 
     Returns:
       The parameters.
@@ -51,49 +51,27 @@ def from_checkpoints(cfg: ConfigDict, checkpoints: Mapping[str, pathlib.Path]) -
       DataError: a file cannot be read.
     """
     known = adapters(cfg)
-    chosen = {_group(name, known): path for name, path in checkpoints.items()}
-    states = {group: torch_file.read_state_dict(path) for group, path in chosen.items()}
-    spec = _spec(cfg, {group: (known[group], states[group], str(chosen[group])) for group in chosen})
-    like, _ = jax.eval_shape(registry.get_method(cfg.method)(cfg, spec).init, jax.random.key(0))
+    chosen = {_network(name, known): path for name, path in checkpoints.items()}
+    states = {name: torch_file.read_state_dict(path) for name, path in chosen.items()}
+    spec = widths.data_spec(cfg, {name: (known[name], states[name], str(chosen[name])) for name in chosen})
+    like = widths.shapes_of(cfg, spec)
     params, matched = {}, {}
-    for group, path in chosen.items():
-        matched[group] = match(
-            states[group],
-            _expected(known[group], like[group]),
-            known[group].dead,
-            where=str(path),
-            network=known[group].name,
-        )
-        params[group] = _cast(known[group].from_torch(matched[group].tensors), like[group], group)
+    for name, path in chosen.items():
+        adapter = known[name]
+        expected = widths.expected(adapter, like, spec)
+        matched[name] = match(states[name], expected, adapter.dead, where=str(path), network=adapter.name)
+        found = adapter.from_torch(matched[name].tensors, spec)
+        params |= {group: _cast(found[group], like[group], group) for group in adapter.groups if group in like}
     return Converted(params, spec, matched)
 
 
-def _group(name: str, known: Mapping[str, Adapter]) -> str:
+def _network(name: str, known: Mapping[str, Adapter]) -> str:
     if name in known:
         return name
     if name == "" and len(known) == 1:
         return next(iter(known))
     given = f"network {name!r} is unknown" if name else "the method has several networks"
-    raise ConversionError(f"{given}: name it as {' or '.join(f'{group}=FILE' for group in known)}")
-
-
-def _spec(cfg: ConfigDict, sources: Mapping[str, tuple[Adapter, Tensors, str]]) -> DataSpec:
-    """Widths from the tensors, where they show them, else from the configuration; files must agree."""
-    found: dict[str, int] = {}
-    for adapter, state, where in sources.values():
-        for field in adapter.sizes:
-            value = adapter.size(state, field, where)
-            if found.setdefault(field, value) != value:
-                raise ConversionError(f"{where}: {adapter.name} has {field} = {value}, another file {found[field]}")
-    num_genes = cfg.genes.top_k if "genes" in cfg else 0
-    return DataSpec(**{"feat_dim": cfg.data.feat_dim or 1024, "num_classes": 2, "num_genes": num_genes, **found})
-
-
-def _expected(adapter: Adapter, like: Any) -> dict[str, tuple[int, ...]]:
-    # The map to the checkpoint is asked for the shapes, so that a layout is written down once. Zeros of a broadcast
-    # take no memory.
-    template = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), like)
-    return {key: tuple(value.shape) for key, value in adapter.to_torch(template).items()}
+    raise ConversionError(f"{given}: name it as {' or '.join(f'{network}=FILE' for network in known)}")
 
 
 def _cast(tree: Any, like: Any, group: str) -> Any:
@@ -128,10 +106,10 @@ def write_model(
       directory: the folder; must not hold a model.
       cfg: resolved configuration.
       converted: what was read.
-      class_names: one per class; default class_0, class_1, ...
+      class_names: one per output; default class_0, class_1, ...
       encoder: facts about the patch encoder of its training, if known.
       mpp: micrometres per pixel of its training patches, if known.
-      source: parameter group -> file name, kept in model.json.
+      source: network -> file name, kept in model.json.
 
     Raises:
       ConversionError: another number of class names, or the folder holds a model.
@@ -141,11 +119,9 @@ def write_model(
     names = list(class_names) or [f"class_{k}" for k in range(converted.spec.num_classes)]
     if len(names) != converted.spec.num_classes:
         raise ConversionError(f"{len(names)} class names {names} for {converted.spec.num_classes} outputs")
-    cfg = ConfigDict(cfg)
-    cfg.data.feat_dim = converted.spec.feat_dim
     facts = {
         "method": cfg.method,
-        "config": json.loads(config_utils.to_json(cfg)),
+        "config": json.loads(config_utils.to_json(widths.fitted(cfg, converted.spec.feat_dim))),
         "spec": dataclasses.asdict(converted.spec),
         "class_names": names,
         "encoder": encoder,
@@ -157,12 +133,12 @@ def write_model(
     model_dir.write(directory, converted.params, facts)
 
 
-def to_checkpoint(directory: pathlib.Path, group: str = "") -> Tensors:
+def to_checkpoint(directory: pathlib.Path, network: str = "") -> Tensors:
     """The tensors of a network of a model folder under the authors' names.
 
     Args:
       directory: a model folder.
-      group: parameter group; "" for the only one that the folder holds.
+      network: as in NETWORK=FILE; "" for the only one that the folder holds.
 
     Returns:
       {key: array}, in the layout of the checkpoint. Tensors that the authors' code stores and never uses are absent.
@@ -172,13 +148,14 @@ def to_checkpoint(directory: pathlib.Path, group: str = "") -> Tensors:
       CheckpointMismatchError: no model, or damaged.
     """
     facts = model_dir.read_facts(directory)
-    cfg, _, method = model_dir.rebuild(facts)
+    cfg, spec, method = model_dir.rebuild(facts)
     known = adapters(cfg)
-    present = [name for name in known if (directory / name).is_dir()]
-    if group and group not in known:
-        raise ConversionError(f"network {group!r} is unknown; {directory} holds {present}")
-    if not group and len(present) != 1:
+    present = [name for name in known if any((directory / group).is_dir() for group in known[name].groups)]
+    if network and network not in known:
+        raise ConversionError(f"network {network!r} is unknown; {directory} holds {present}")
+    if not network and len(present) != 1:
         raise ConversionError(f"{directory} holds the networks {present}: choose one with --network")
-    group = group or present[0]
-    params, _ = model_dir.read_groups(directory, facts, method, (group,))
-    return known[group].to_torch(jax.tree.map(np.asarray, params[group]))
+    adapter = known[network or present[0]]
+    groups = [group for group in adapter.groups if group in facts["params_sha256"]]
+    params, _ = model_dir.read_groups(directory, facts, method, groups)
+    return adapter.to_torch(jax.tree.map(np.asarray, params), spec)

@@ -111,7 +111,8 @@ def read_facts(directory: pathlib.Path) -> dict[str, Any]:
 def rebuild(facts: Mapping[str, Any]) -> tuple[ConfigDict, DataSpec, Method]:
     """Configuration, data specification and method that the facts of a model describe."""
     cfg = config_utils.from_json(json.dumps(facts["config"]))
-    spec = DataSpec(**facts["spec"])
+    # JSON has no tuples.
+    spec = DataSpec(**{**facts["spec"], "gene_groups": tuple(facts["spec"].get("gene_groups", ()))})
     return cfg, spec, registry.get_method(facts["method"])(cfg, spec)
 
 

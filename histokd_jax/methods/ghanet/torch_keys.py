@@ -9,7 +9,8 @@ import numpy as np
 
 Tensors = Mapping[str, np.ndarray]
 _TOKENS = "recon_net.tokens"
-_UNUSED = "recon_net.cross_attention1."
+UNUSED = "recon_net.cross_attention1."
+"""Beginning of the keys that the authors' code allocates and never uses."""
 
 
 def _attention(torch: str, ours: str) -> dict[str, str]:
@@ -98,7 +99,7 @@ def from_torch(state: Tensors, groups: Sequence[int], second_attention: str = "s
     """
     names = tensor_names(groups, second_attention)
     missing = sorted(set(names) - set(state))
-    unknown = sorted(k for k in set(state) - set(names) if not k.startswith(_UNUSED))
+    unknown = sorted(k for k in set(state) - set(names) if not k.startswith(UNUSED))
     if missing or unknown:
         raise ValueError(f"not a G-HANet checkpoint: missing keys {missing}, unknown keys {unknown}")
     flat = {}
