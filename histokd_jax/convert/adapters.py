@@ -46,7 +46,7 @@ class Adapter:
       from_torch: {key: array} of exactly this network, and the widths -> parameter groups.
       to_torch: the reverse.
       dead: beginnings of keys that the authors' code stores and never uses.
-      task: "classification" or "survival"; "" if the configuration decides.
+      task: "classification" or "survival".
       gene_groups: where the sizes of gene groups can be read off, if there are any.
       genes_in_config: whether the number of genes is a setting (genes.top_k), which no tensor shows.
     """
@@ -118,18 +118,21 @@ def _ghanet(cfg: ConfigDict) -> dict[str, Adapter]:
 
 def _supervised(cfg: ConfigDict) -> dict[str, Adapter]:
     from histokd_jax.methods.supervised import torch_keys
-    from histokd_jax.methods.supervised.config import selected
+    from histokd_jax.methods.supervised.config import network_spec, selected
     from histokd_jax.methods.supervised.method import GROUP
 
     entry, options = selected(cfg)
-    tensors, name = entry.torch(options), cfg.model.name
+    name = cfg.model.name
+
+    def tensors(spec: DataSpec) -> Mapping[str, torch_keys.Tensor]:
+        return entry.torch(options, network_spec(cfg, spec).num_outputs)
+
     adapter = Adapter(
         name,
         (GROUP,),
-        lambda state, spec: {GROUP: torch_keys.from_torch(state, tensors, name)},
-        lambda params, spec: torch_keys.to_torch(params[GROUP], tensors, name),
+        lambda state, spec: {GROUP: torch_keys.from_torch(state, tensors(spec), name)},
+        lambda params, spec: torch_keys.to_torch(params[GROUP], tensors(spec), name),
         _DEAD.get(name, ()),
-        "",
     )
     return {name: adapter}
 
