@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -150,6 +150,7 @@ def build_cohort(
     require_follow_up: bool = False,
     missing_slides: str = "exclude",
     follow_up_columns: FollowUpColumns | None = None,
+    read_genes: Callable[[str | os.PathLike], GeneTable] = tables.read_gene_table,
 ) -> Cohort:
     """Reads the tables and joins them with the slides of a manifest.
 
@@ -169,6 +170,7 @@ def build_cohort(
       require_follow_up: drop samples without follow-up (survival tasks).
       missing_slides: cases or slides of the tables without features: "exclude" lists them, "error" refuses.
       follow_up_columns: names of the columns of the survival table; None for those of `tables.read_survival`.
+      read_genes: reads the gene table.
 
     Returns:
       The cohort.
@@ -184,7 +186,7 @@ def build_cohort(
     return join_cohort(
         manifest,
         labels=labels,
-        genes=None if genes_path is None else tables.read_gene_table(genes_path),
+        genes=None if genes_path is None else read_genes(genes_path),
         survival=None if survival_path is None else tables.read_survival(survival_path, follow_up_columns),
         slide_choice=slide_choice,
         require_genes=require_genes,

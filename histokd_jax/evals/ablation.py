@@ -112,29 +112,34 @@ def ablation_table(
     return summary.to_json({**facts, "rows": rows})
 
 
-def write_table(directory: pathlib.Path, table: Mapping[str, Any], facts: Mapping[str, Any]) -> list[pathlib.Path]:
+def write_table(
+    directory: pathlib.Path,
+    table: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    labels: Mapping[str, str] = summary.LABELS,
+) -> list[pathlib.Path]:
     """Writes table.json (with `facts`), table.csv and table.md; returns their paths."""
     paths = [directory / f"table.{kind}" for kind in ("json", "csv", "md")]
     summary.write_summary(paths[0], {**facts, **table})
     with atomic_writer(paths[1]) as stream:
         _write_csv(stream, table)
     with atomic_writer(paths[2]) as stream:
-        stream.write(markdown(table, facts))
+        stream.write(markdown(table, facts, labels))
     return paths
 
 
-def markdown(table: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+def markdown(table: Mapping[str, Any], facts: Mapping[str, Any], labels: Mapping[str, str] = summary.LABELS) -> str:
     """The table for readers: one section per mode and metric, then what failed.
 
     Args:
       table: from `ablation_table`.
-      facts: "title", "marks" (what must be said about the data), "failed" (name -> why), "labels" (metric -> name for
-        readers), all optional.
+      facts: "title", "marks" (what must be said about the data), "failed" (name -> why), all optional.
+      labels: metric -> name for readers.
     """
     marks = "".join(f" ({mark})" for mark in facts.get("marks", ()))
     lines = [f"# {facts.get('title', 'Ablations')}{marks}", "", f"{table['how']}. Reference: {table['reference']}.", ""]
     for mode, metric in dict.fromkeys((row["mode"], row["metric"]) for row in table["rows"]):
-        lines += [f"## {facts.get('labels', summary.LABELS)[metric]}, mode {mode}", ""]
+        lines += [f"## {labels[metric]}, mode {mode}", ""]
         lines += ["| setting | runs | mean [95 % CI] | difference [95 % CI] | t over seeds | reading |"]
         lines += ["|---|---|---|---|---|---|"]
         lines += [_line(row) for row in table["rows"] if (row["mode"], row["metric"]) == (mode, metric)]

@@ -4,7 +4,7 @@ A `Task` owns the fields of a sample, the tables of predictions, the metrics of 
 else in the library asks whether it trains a classification or a survival model.
 """
 
-from histokd_jax.tasks.base import Table, Task
+from histokd_jax.tasks.base import Found, Rows, Table, Tables, Targets, Task
 from histokd_jax.tasks.registry import KINDS, get_task, kind_of
 
-__all__ = ["KINDS", "Table", "Task", "get_task", "kind_of"]
+__all__ = ["KINDS", "Found", "Rows", "Table", "Tables", "Targets", "Task", "get_task", "kind_of"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.follow_up import FollowUpColumns, Survival, read_survival
 from data_pipelines.manifest import Manifest
 from data_pipelines.splits import Split
-from data_pipelines.table_files import write_csv
+from data_pipelines.table_files import write_csv, write_json
 from histokd_jax.evals import ablation
 from histokd_jax.evals import survival_predictions as tables_of
 from histokd_jax.evals import survival_summary as summaries
@@ -29,8 +30,7 @@ from histokd_jax.types import SURVIVAL
 
 C_INDEX, NLL = "c_index", "nll"
 MONITORS = (C_INDEX, NLL)
-REFERENCE_FILE = "follow_up_train.csv"
-PUBLISHED_MARK = "reported part = validation part (published protocol)"
+FOLLOW_UP_FILE, BINS_FILE = "follow_up_train.csv", "time_bins.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class SurvivalTask:
     outputs: tuple[str, ...] = ("risk", "hazards")
     monitor_name: str = "val_c"
     answers: str = "survival"
-    summary_facts: tuple[str, ...] = (*SUMMARY_FACTS, "task_kind", "split_protocol", "left_out", "marks")
+    summary_facts: tuple[str, ...] = (*SUMMARY_FACTS, "task_kind", "split_protocol", "left_out")
 
     @classmethod
     def from_config(cls, cfg: ConfigDict) -> SurvivalTask:
@@ -108,9 +108,7 @@ class SurvivalTask:
     def fit(self, cohort: Cohort, train_rows: np.ndarray) -> SurvivalTask:
         """With the time bins of the cohort or of the training part."""
         train = np.isin(np.arange(len(cohort)), train_rows)
-        bins = survival.fit_time_bins(
-            *cohort.survival, num_bins=self.n_bins, bins_from=self.bins_from, train=train
-        )
+        bins = survival.fit_time_bins(*cohort.survival, num_bins=self.n_bins, bins_from=self.bins_from, train=train)
         return dataclasses.replace(self, bins=bins)
 
     def facts(self) -> dict[str, Any]:
@@ -196,14 +194,20 @@ class SurvivalTask:
         return tables_of.concatenate(parts)
 
     def write_reference(self, directory: pathlib.Path, cohort: Cohort, train_rows: np.ndarray) -> None:
-        """The follow-up of the training patients, from which the weights of censoring are estimated."""
+        """The follow-up of the training patients, for the weights of censoring, and the time bins."""
         time, event = cohort.survival
         rows = ((cohort.case_id[r], repr(float(time[r])), int(event[r])) for r in train_rows)
-        write_csv(directory / REFERENCE_FILE, ("case_id", "time_months", "event"), rows)
+        write_csv(directory / FOLLOW_UP_FILE, ("case_id", "time_months", "event"), rows)
+        write_json(directory / BINS_FILE, self.facts())
 
-    def read_reference(self, workdir: pathlib.Path, folds: Iterable[int]) -> dict[int, Survival]:
-        """Fold -> follow-up of its training patients."""
-        return {k: read_survival(workdir / f"fold_{k}" / REFERENCE_FILE).survival for k in folds}
+    def read_reference(self, workdir: pathlib.Path, folds: Iterable[int]) -> dict[int, summaries.Reference]:
+        """Fold -> follow-up of its training patients and its time bins."""
+        found = {}
+        for k in folds:
+            directory = workdir / f"fold_{k}"
+            bins = self.restore(json.loads((directory / BINS_FILE).read_text())).bins
+            found[k] = summaries.Reference(*read_survival(directory / FOLLOW_UP_FILE).survival, bins.edges)
+        return found
 
     def run_facts(self, cfg: ConfigDict, cohort: Cohort, folds: Sequence[Split]) -> dict[str, Any]:
         """Kind, protocol, who was left out, and what must be said about the numbers."""
@@ -213,21 +217,13 @@ class SurvivalTask:
             ids = {item for split in folds for item in getattr(split, name)}
             if ids:
                 left_out[f"splits: {name.replace('_', ' ')}"] = len(ids)
-        published = any(split.val_is_test for split in folds)
-        selected = published and cfg.early_stop.enabled
-        mark = f"{PUBLISHED_MARK}, epoch selected on it" if selected else PUBLISHED_MARK
-        return {
-            "task_kind": self.kind,
-            "split_protocol": cfg.split.protocol,
-            "left_out": left_out,
-            "marks": [mark] if published else [],
-        }
+        return {"task_kind": self.kind, "split_protocol": cfg.split.protocol, "left_out": left_out}
 
     def summarise(
         self, table: SurvivalPredictions, reference: Any, facts: Mapping[str, Any], options: Mapping[str, Any]
     ) -> dict[str, Any]:
         """See `Task.summarise`."""
-        return summaries.summarise(table, reference, edges=self._edges(table), facts=facts, **options)
+        return summaries.summarise(table, reference, facts=facts, **options)
 
     def print_table(self, summary: Mapping[str, Any]) -> str:
         """See `Task.print_table`."""
