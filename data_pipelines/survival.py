@@ -243,8 +243,8 @@ class CensorshipEvidence:
             return ""
         return (
             f"{source}: events and censorings are probably swapped: {'; '.join(self.reasons)}. Median follow-up is "
-            f"{self.median_event:.1f} months with event and {self.median_censored:.1f} without, {self.event_fraction:.0%} "
-            f"of {self.n} patients have an event. `event` is 1 = death, `censorship` is 1 = censored: if the column "
+            f"{self.median_event:.1f} months with event and {self.median_censored:.1f} without; "
+            f"{self.event_fraction:.0%} of {self.n} patients have an event. `event` is 1 = death, `censorship` is 1 = censored: if the column "
             f"holds the other, rename it"
         )
 
