@@ -72,7 +72,7 @@ def read_table(cfg: ConfigDict, path: pathlib.Path) -> GeneTable:
     """The gene table of a file, with the columns that the kind of choice needs: expression, or all molecular ones."""
     if kind_of(cfg) == RANKED or path.suffix == ".npz":
         return read_gene_table(path)
-    return read_molecular_table(path)
+    return read_molecular_table(path, metadata=cfg.data.get("metadata", "by_name"))
 
 
 def read_copy_number(path: str, cohort: Cohort) -> GeneTable:
@@ -149,13 +149,13 @@ def _groups(cfg: ConfigDict, table: GeneTable, split: Split, cohort: Cohort, tar
     genes = cfg.genes
     if schema.EVENT not in targets:
         raise ValueError("genes.kind=groups compares early deaths with late ones: it needs task_kind=survival")
-    if not genes.groups_file:
-        raise ValueError("genes.kind=groups needs genes.groups_file=FILE, a CSV with one column of symbols per group")
+    if not genes.signatures:
+        raise ValueError("genes.kind=groups needs genes.signatures=FILE, a CSV with one column of symbols per group")
     options = ("selection", "p", "select_on", "correction", "empty_group", "top_n", "clip", "suffixes")
     given = {name: genes[name] for name in options if name in genes}
     if "suffixes" in given:
         given["suffixes"] = tuple(given["suffixes"])
-    groups = read_groups(genes.groups_file)
+    groups = read_groups(genes.signatures)
     return select_gene_groups(
         table, split.train, targets[schema.LABEL], targets[schema.EVENT], groups, seed=cfg.seed, **given
     )
