@@ -24,7 +24,7 @@ def checked(time: np.ndarray, event: np.ndarray, **others: np.ndarray) -> tuple[
     for name, value in arrays.items():
         if time.ndim != 1 or event.shape != time.shape or value.shape[:1] != time.shape:
             raise ValueError(f"{name} has shape {value.shape}, time {time.shape}, event {event.shape}; expected n rows")
-        bad = ~np.isfinite(value.reshape(len(value), -1)).all(axis=1)
+        bad = ~np.isfinite(value).all(axis=tuple(range(1, value.ndim)))
         if bad.any():
             row = int(np.argmax(bad))
             raise ValueError(

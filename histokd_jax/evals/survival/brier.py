@@ -123,7 +123,7 @@ def _reason(times: np.ndarray, score: np.ndarray, censoring: CensoringDistributi
     undefined = np.isnan(score)
     if undefined.any():
         return (
-            f"undefined from {times[np.argmax(undefined)]:g} months on: the training patients give no censoring weights "
-            f"beyond {censoring.support:g} months"
+            f"undefined from {times[np.argmax(undefined)]:g} months on: the training patients give no censoring "
+            f"weights beyond {censoring.support:g} months"
         )
     return "one time only: nothing to integrate over" if len(times) < 2 else ""

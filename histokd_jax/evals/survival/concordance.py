@@ -189,6 +189,4 @@ def _no_pairs(event: np.ndarray) -> str:
         return f"{NO_PAIRS}: no patients"
     if not event.any():
         return f"{NO_PAIRS}: none of {len(event)} patients has an observed death that counts"
-    return (
-        f"{NO_PAIRS}: nobody was followed longer than one of the {int(event.sum())} deaths among {len(event)} patients"
-    )
+    return f"{NO_PAIRS}: nobody of {len(event)} patients was followed longer than one of the {int(event.sum())} deaths"

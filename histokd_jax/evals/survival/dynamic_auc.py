@@ -130,7 +130,9 @@ def _undefined(
     if not len(control):
         return f"nobody was followed beyond {t:g} months"
     if np.isnan(weight[case]).any():
-        return f"until {t:g} months there are deaths behind {censoring.support:g}, the last time with a censoring weight"
+        return (
+            f"until {t:g} months there are deaths behind {censoring.support:g}, the last time with a censoring weight"
+        )
     return ""
 
 

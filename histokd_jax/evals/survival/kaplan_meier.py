@@ -93,7 +93,7 @@ def kaplan_meier(time: np.ndarray, event: np.ndarray, *, level: float = 0.95) ->
     survival = np.cumprod(1.0 - events / at_risk)
     left = at_risk - events
     hazard_variance = np.divide(events, at_risk * left, out=np.full(len(left), np.nan), where=left > 0)
-    spread = np.sqrt(np.cumsum(np.where((left == 0) & (events == 0), 0.0, hazard_variance)))
+    spread = np.sqrt(np.cumsum(hazard_variance))
     low, high = _log_log_band(survival, spread, level)
     return KaplanMeier(distinct, survival, low, high, survival * spread, at_risk, events, censored, level)
 

@@ -36,9 +36,7 @@ class LogRank:
     reason: str = ""
 
 
-def logrank(
-    time: np.ndarray, event: np.ndarray, group: np.ndarray, *, groups: Sequence | None = None
-) -> LogRank:
+def logrank(time: np.ndarray, event: np.ndarray, group: np.ndarray, *, groups: Sequence | None = None) -> LogRank:
     """Tests whether groups share one survival curve (unweighted log-rank, hypergeometric covariance).
 
     Args:

@@ -48,7 +48,7 @@ class Comparison:
     """Two models on the same patients, first minus second.
 
     Attributes:
-      difference: of the means over folds; NaN if no fold is defined for both.
+      difference: mean over the folds in which both are defined; NaN if there is none.
       interval: percentile interval of the paired bootstrap.
       p: two-sided bootstrap p-value, twice the smaller tail, at least 2 / (B + 1).
       fold_interval: paired Student-t over folds.
@@ -78,9 +78,7 @@ def draw_patients(
     return bootstrap.draw_resamples(case_id, fold, np.asarray(event).astype(int), resamples=resamples, seed=seed)
 
 
-def fold_metric(
-    metric: Metric, fold: np.ndarray, drawn: bootstrap.Resamples, *, level: float = 0.95
-) -> FoldMetric:
+def fold_metric(metric: Metric, fold: np.ndarray, drawn: bootstrap.Resamples, *, level: float = 0.95) -> FoldMetric:
     """Mean over folds of any metric, with its intervals.
 
     Args:
@@ -230,7 +228,7 @@ def compare(first: FoldMetric, second: FoldMetric, *, level: float = 0.95) -> Co
     interval = bootstrap.percentile_interval(samples, level=level, reason=reason)
     spread = bootstrap.paired_t_interval([first.folds[k] - second.folds[k] for k in first.folds], level=level)
     p = np.nan if np.isnan(interval.low) else _two_sided(samples)
-    return Comparison(first.value - second.value, interval, p, spread)
+    return Comparison(spread.mean, interval, p, spread)
 
 
 def compare_c_index(
