@@ -1,4 +1,4 @@
-"""CLAM and DSMIL against golden numbers of the public reference: both streams, instance selection, losses, gradients."""
+"""CLAM and DSMIL against golden numbers of the public reference: streams, instance selection, losses, gradients."""
 
 import jax
 import jax.numpy as jnp
