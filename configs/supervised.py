@@ -2,8 +2,8 @@
 
     histokd train --config configs/supervised.py:abmil,task=OS --workdir runs/abmil --config.data.dir=DATASET
 
-Words: the network (snn deepsets abmil deepattnmisl clam_sb clam_mb dsmil), survival or classification, concat or
-bilinear (late fusion of deepsets, abmil, deepattnmisl), mean (Deep Sets), a variant of the network (see VARIANTS), smoke.
+Words: the network (snn deepsets abmil deepattnmisl clam_sb clam_mb dsmil) or a variant of one (see VARIANTS), survival
+or classification, concat or bilinear (late fusion of deepsets, abmil, deepattnmisl), mean (Deep Sets), smoke.
 Settings: fold=all|0..4, task=NAME, seed=N. The options of every network are the section model.NAME.
 """
 
