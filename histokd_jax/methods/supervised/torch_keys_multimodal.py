@@ -72,6 +72,34 @@ def transmil() -> Table:
     return table | _norm("norm", "norm")
 
 
+def _groups(torch: str, ours: str, sizes: Sequence[int]) -> Table:
+    """The two layers of every gene group."""
+    table, start = {}, 0
+    for i, size in enumerate(sizes):
+        table[f"{torch}.{i}.0.0.weight"] = Tensor(f"{ours}/kernel1", LINEAR, slice(start, start + size))
+        table[f"{torch}.{i}.0.0.bias"] = Tensor(f"{ours}/bias1", SAME, i)
+        table[f"{torch}.{i}.1.0.weight"] = Tensor(f"{ours}/kernel2", LINEAR, i)
+        table[f"{torch}.{i}.1.0.bias"] = Tensor(f"{ours}/bias2", SAME, i)
+        start += size
+    return table
+
+
+def survpath(sizes: Sequence[int]) -> Table:
+    """SurvPath (class `SurvPath`) with pathways of the given sizes."""
+    return {
+        **_linear("wsi_projection_net.0", "proj"),
+        **_groups("sig_networks", "pathways", sizes),
+        **_norm("cross_attender.norm", "norm1"),
+        **_linear("cross_attender.attn.to_qkv", "qkv", bias=False),
+        **_norm("feed_forward.norm", "norm2"),
+        **_linear("feed_forward.net.0", "fc1"),
+        **_linear("feed_forward.net.3", "fc2"),
+        **_norm("layer_norm", "norm3"),
+        **_linear("to_logits.0", "encode"),
+        **_linear("to_logits.2", "head"),
+    }
+
+
 def from_torch(state: Tensors, table: Table) -> dict:
     """Our parameters from a state dict.
 

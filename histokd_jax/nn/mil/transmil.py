@@ -22,10 +22,10 @@ import jax.numpy as jnp
 
 from histokd_jax.nn.affine import TORCH_DEFAULT, Affine, symmetric_uniform
 from histokd_jax.nn.gated_attention import Bags
+from histokd_jax.nn.layer_norm import LayerNorm
 from histokd_jax.nn.nystrom import NystromAttention, Tiles, make_tiles
 from histokd_jax.ops.grid_convolution import Grid, grid_convolution
 
-LAYER_NORM_EPS = 1e-5
 PPEG_SIDES = (7, 5, 3)
 
 
@@ -120,7 +120,7 @@ class NystromLayer(nn.Module):
 
     def setup(self) -> None:
         """Declares the layers."""
-        self.norm = nn.LayerNorm(epsilon=LAYER_NORM_EPS, use_fast_variance=False)
+        self.norm = LayerNorm(self.width)
         self.attention = NystromAttention(
             self.width, self.heads, self.landmarks, rate=self.rate, layer=self.layer, dtype=self.dtype
         )
@@ -161,7 +161,7 @@ class TransMIL(nn.Module):
         self.layer1 = NystromLayer(*common, layer=0, dtype=self.dtype)
         self.ppeg = PPEG(self.width)
         self.layer2 = NystromLayer(*common, layer=1, dtype=self.dtype)
-        self.norm = nn.LayerNorm(epsilon=LAYER_NORM_EPS, use_fast_variance=False)
+        self.norm = LayerNorm(self.width)
         self.head = Affine(self.width, self.num_outputs, TORCH_DEFAULT, self.dtype)
 
     def __call__(self, bags: Bags, genes: None = None, seed: jax.Array | None = None) -> dict[str, jax.Array]:
