@@ -1,9 +1,9 @@
 """Self-normalising blocks with own weights for every gene group (baselines specification, sections 9 and 11).
 
-Groups are consecutive blocks of the gene vector with sizes from one to hundreds. One small product per group would leave
-a machine idle, and padding all groups to the largest wastes most of it (331 pathways of 1 to 199 genes: 6.8 times the
-work). So groups are cut into blocks of a few genes: one batched product over all blocks, then sums of the blocks of each
-group. Parameters are stored without padding.
+Groups are consecutive blocks of the gene vector with sizes from one to hundreds. One small product per group would
+leave a machine idle, and padding all groups to the largest wastes most of it (331 pathways of 1 to 199 genes: 6.8 times
+the work). So groups are cut into blocks of a few genes: one batched product over all blocks, then sums of the blocks of
+each group. Parameters are stored without padding.
 """
 
 from __future__ import annotations

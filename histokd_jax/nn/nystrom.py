@@ -5,9 +5,9 @@ zero query, key and value, so they act only through their number: they enter the
 softmax over keys as exp(0). Both are written down here, no padding row exists, and a sequence gives the same result
 wherever it lies and whatever lies beside it.
 
-**Tiles.** Sequences are cut into tiles of equal size; a tile holds rows of one slide. Everything that couples a row with
-the landmarks of its slide is done tile by tile, so that scores [heads, rows, landmarks] exist for a few tiles at a time
-and are computed again in the backward pass.
+**Tiles.** Sequences are cut into tiles of equal size; a tile holds rows of one slide. Everything that couples a row
+with the landmarks of its slide is done tile by tile, so that scores [heads, rows, landmarks] exist for a few tiles at a
+time and are computed again in the backward pass.
 """
 
 from __future__ import annotations

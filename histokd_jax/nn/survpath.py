@@ -65,8 +65,8 @@ class PathwayPatches:
         """Values and keys of some patches.
 
         Args:
-          params: {"proj", "qkv", "fc1", "fc2": ColumnParams, "norm1", "norm2", "norm3": NormParams, "keys" and "values":
-            [S, P, A] of the pathways}.
+          params: "proj", "qkv", "fc1", "fc2": ColumnParams; "norm1", "norm2", "norm3": NormParams; "keys" and "values"
+            [S, P, A] of the pathways.
           aux: (seed,) to draw dropout, () for none.
           x: [n, D] patches.
           segment_ids: [n] int32.

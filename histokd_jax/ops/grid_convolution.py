@@ -83,7 +83,7 @@ def _forward(values, kernel, grid):
 
 def _backward(kept, g):
     values, kernel, grid = kept
-    # Row j is read by row i = j - offset with the same weight, so the transpose is the correlation with a turned kernel.
+    # Row j is read by row i = j - offset with the same weight: the transpose is the correlation with a turned kernel.
     d_values = _correlate(g, kernel[::-1, ::-1], grid).astype(values.dtype)
 
     def weight_gradient(_, tap):

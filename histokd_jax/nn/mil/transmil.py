@@ -3,13 +3,14 @@
 **Layout.** The network arranges the patches of a slide in a square, so their order matters; it is the order of
 `positions`, whatever rows and devices they lie in. Rows of all slides are laid out in tiles (histokd_jax.nn.nystrom)
 whose number follows from the patches of the step alone: a bag of n patches has ceil(sqrt(n))^2 + 1 <= n + 2 sqrt(n) + 2
-rows, and square roots of parts of N patches in S slots sum to at most sqrt(S N). No capacity per slide has to be chosen,
-no bag is ever cut, and one program serves all sizes.
+rows, and the square roots of S parts of N patches sum to at most sqrt(S N). No capacity per slide has to be chosen, no
+bag is ever cut, and one program serves all sizes.
 
-**Memory.** With T = N + 2 sqrt(S N) + S (B + 1) rows (B = `tile`): about 14 arrays [T, 512] are kept for the backward
-pass (16 KB per row in float32, half of them in each attention layer's q, k, v), per slide 30 arrays of heads x m x m per
-attention layer (63 MB with 8 heads and 256 landmarks), and scores of 16 tiles at a time. Nothing is quadratic in n.
-On a mesh the projected patches are gathered, so that every device holds the rows of all slides.
+**Memory.** With T = N + 2 sqrt(S N) + S (B + 1) rows (B = `tile`) and float32: about 40 KB per row are kept for the
+backward pass (some 20 arrays [T, 512]: input, norms, q, k, v, mixed and convolved values of both layers), and per slide
+and attention layer some 30 arrays of heads x m x m (63 MB with 8 heads and 256 landmarks); besides, the scores of 16
+tiles at a time. Nothing is quadratic in n. On a mesh the projected patches are gathered: every device then holds the
+rows of all slides.
 """
 
 from __future__ import annotations
