@@ -33,6 +33,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from histokd_jax.methods.supervised.torch_keys import Tensor
 from histokd_jax.ops.pooling import CHUNKED
 
 PATCHES, CLUSTERS, GENES = "patches", "clusters", "genes"
@@ -85,9 +86,8 @@ class Network:
       build: (spec, options) -> Linen module that follows the calling convention.
       reads: (options) -> subset of `READABLE`; it decides the deployment mode ("pathology", "genomics" or "both").
       options: every option with its default; placeholders are not possible, so "off" is a value such as 0 or "none".
+      torch: (options) -> {key in the public checkpoint: `Tensor`}, see `torch_keys`.
       choices: allowed values of the options that are names.
-      torch_keys: (options) -> {module name in the public checkpoint: path of the layer in our parameters}.
-      shapes: (options) -> {checkpoint key: shape there} for tensors that are not the transpose of ours.
       initializer: (options) -> None, or the name in `histokd_jax.nn.mil.redraw.KERNELS` with which every kernel is
         drawn anew after construction (biases then 0), as some of the public codes do.
       l1: top-level parameter names under the L1 term; () for all of them.
@@ -97,9 +97,8 @@ class Network:
     build: Callable[[NetworkSpec, Options], nn.Module]
     reads: Callable[[Options], tuple[str, ...]]
     options: Options
+    torch: Callable[[Options], Mapping[str, Tensor]]
     choices: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
-    torch_keys: Callable[[Options], Mapping[str, str]] | None = None
-    shapes: Callable[[Options], Mapping[str, tuple[int, ...]]] | None = None
     initializer: Callable[[Options], str | None] = lambda options: None
     l1: tuple[str, ...] = ()
     instance_classes: bool = False
