@@ -8,7 +8,7 @@ from types import ModuleType
 
 from histokd_jax.types import Method
 
-METHODS = {"mkd": "histokd_jax.methods.mkd.method"}
+METHODS = {"mkd": "histokd_jax.methods.mkd.method", "supervised": "histokd_jax.methods.supervised.method"}
 """Name -> module with `make_method(config, data) -> Method`, `default_config()` and `validate(config)`."""
 
 

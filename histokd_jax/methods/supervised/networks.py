@@ -86,7 +86,7 @@ class Network:
       build: (spec, options) -> Linen module that follows the calling convention.
       reads: (options) -> subset of `READABLE`; it decides the deployment mode ("pathology", "genomics" or "both").
       options: every option with its default; placeholders are not possible, so "off" is a value such as 0 or "none".
-      torch: (options) -> {key in the public checkpoint: `Tensor`}, see `torch_keys`.
+      torch: (options, number of outputs) -> {key in the public checkpoint: `Tensor`}, see `torch_keys`.
       choices: allowed values of the options that are names.
       initializer: (options) -> None, or the name in `histokd_jax.nn.mil.redraw.KERNELS` with which every kernel is
         drawn anew after construction (biases then 0), as some of the public codes do.
@@ -97,7 +97,7 @@ class Network:
     build: Callable[[NetworkSpec, Options], nn.Module]
     reads: Callable[[Options], tuple[str, ...]]
     options: Options
-    torch: Callable[[Options], Mapping[str, Tensor]]
+    torch: Callable[[Options, int], Mapping[str, Tensor]]
     choices: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     initializer: Callable[[Options], str | None] = lambda options: None
     l1: tuple[str, ...] = ()

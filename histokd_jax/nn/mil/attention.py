@@ -85,9 +85,7 @@ class AttentionFeatures:
         def drop(h: jax.Array, rate: float, offset: int) -> jax.Array:
             return hash_dropout(h, aux[0], segment_ids, positions, rate, self.layer + offset) if aux else h
 
-        x = drop(x.T, self.input_rate, _INPUT).T if self.input_rate else x
-        h, u = self.project(params["proj"], x, known)
-        h = drop(h, self.rate, 0)
+        h, u = self.hidden(params["proj"], aux, x, segment_ids, positions, known)
         head = params["attention"]
         v = known_product(head["gate"], h, known[1], 0, self.dtype) if known[1:] else self._gate(head, h)
         branches = jnp.split(v, 2, axis=0) if self.gated else (v,)
@@ -96,12 +94,33 @@ class AttentionFeatures:
             gate = gate * drop(jax.nn.sigmoid(branches[1]), self.branch_rate, _SIGMOID)
         return h, affine_columns(head["score"], gate, self.dtype), (u, v)
 
-    def project(
-        self, params: ColumnParams, x: jax.Array, known: tuple[jax.Array, ...] = ()
+    def hidden(
+        self,
+        params: ColumnParams,
+        aux: tuple[jax.Array, ...],
+        x: jax.Array,
+        segment_ids: jax.Array,
+        positions: jax.Array,
+        known: tuple[jax.Array, ...] = (),
     ) -> tuple[jax.Array, jax.Array]:
-        """(relu(FC(x)) [H, n] in the compute dtype, FC(x) [H, n]), without dropout."""
+        """(h [H, n], FC(x) [H, n]) of some patches, with the dropout that the whole bag draws for them.
+
+        Args:
+          params: the projection.
+          aux: see `__call__`.
+          x: see `__call__`.
+          segment_ids: see `__call__`.
+          positions: see `__call__`.
+          known: FC(x), if it was computed before.
+
+        Returns:
+          The activations of the patches and the product before the ReLU.
+        """
+        if aux and self.input_rate:
+            x = hash_dropout(x.T, aux[0], segment_ids, positions, self.input_rate, self.layer + _INPUT).T
         u = known_product(params, x, known[0], 1, self.dtype) if known else affine_to_columns(params, x, self.dtype)
-        return operand(jax.nn.relu(u), self.dtype), u
+        h = operand(jax.nn.relu(u), self.dtype)
+        return (hash_dropout(h, aux[0], segment_ids, positions, self.rate, self.layer) if aux else h), u
 
     def _gate(self, head: HeadParams, h: jax.Array) -> jax.Array:
         return affine_columns(head["gate"], h, self.dtype)

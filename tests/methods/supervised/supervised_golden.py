@@ -118,7 +118,7 @@ def run(folder, case, precision):
     """The case computed by the library; call within `precision_context`."""
     golden = gf.load(folder, case.name, case.case)
     entry, options = case.resolved()
-    tensors, reads = entry.torch(options), entry.reads(options)
+    tensors, reads = entry.torch(options, case.outputs), entry.reads(options)
     state = gf.state_dict(folder, case.name, dict(case.extra_shapes), case.drop)
     params = cast(from_torch(state, tensors, case.name), precision)
     arrays = cast({k: gf.inputs(k, tuple(shape)) for k, shape in golden["inputs"].items()}, precision)
