@@ -40,6 +40,7 @@ PATCHES, CLUSTERS, GENES = "patches", "clusters", "genes"
 READABLE = (PATCHES, CLUSTERS, GENES)
 
 _BAGS = "histokd_jax.methods.supervised.bag_networks"
+_MULTIMODAL = "histokd_jax.methods.supervised.multimodal_networks"
 NETWORKS: Mapping[str, str] = {
     "snn": f"{_BAGS}:SNN",
     "deepsets": f"{_BAGS}:DEEPSETS",
@@ -48,6 +49,10 @@ NETWORKS: Mapping[str, str] = {
     "clam_sb": f"{_BAGS}:CLAM_SB",
     "clam_mb": f"{_BAGS}:CLAM_MB",
     "dsmil": f"{_BAGS}:DSMIL",
+    "transmil": f"{_MULTIMODAL}:TRANSMIL",
+    "mcat": f"{_MULTIMODAL}:MCAT",
+    "porpoise_mmf": f"{_MULTIMODAL}:PORPOISE_MMF",
+    "survpath": f"{_MULTIMODAL}:SURVPATH",
 }
 """Name (config key `model.name`) -> "module:attribute" of a `Network`. Imported on demand."""
 
