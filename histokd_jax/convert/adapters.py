@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from histokd_jax.convert.matching import ConversionError, Tensors, plain
+from histokd_jax.tasks.registry import kind_of
 from histokd_jax.types import CLASSIFICATION, SURVIVAL, DataSpec
 
 Groups = Mapping[str, Any]
@@ -117,30 +118,49 @@ def _ghanet(cfg: ConfigDict) -> dict[str, Adapter]:
 
 
 def _supervised(cfg: ConfigDict) -> dict[str, Adapter]:
-    from histokd_jax.methods.supervised import torch_keys
+    from histokd_jax.methods.supervised import torch_keys, torch_keys_multimodal
     from histokd_jax.methods.supervised.config import network_spec, selected
     from histokd_jax.methods.supervised.method import GROUP
+    from histokd_jax.methods.supervised.multimodal_networks import GENE_GROUPS
 
     entry, options = selected(cfg)
     name = cfg.model.name
 
-    def tensors(spec: DataSpec) -> Mapping[str, torch_keys.Tensor]:
-        return entry.torch(options, network_spec(cfg, spec).num_outputs)
+    def table(spec: DataSpec) -> Mapping[str, Any]:
+        return entry.torch({**options, GENE_GROUPS: spec.gene_groups}, network_spec(cfg, spec).num_outputs)
+
+    def keys(spec: DataSpec) -> Any:
+        # Layers of gene groups are parts of one array here, which only the second module knows.
+        parts = any(isinstance(tensor, torch_keys_multimodal.Tensor) for tensor in table(spec).values())
+        return torch_keys_multimodal if parts else torch_keys
 
     adapter = Adapter(
         name,
         (GROUP,),
-        lambda state, spec: {GROUP: torch_keys.from_torch(state, tensors(spec), name)},
-        lambda params, spec: torch_keys.to_torch(params[GROUP], tensors(spec), name),
-        _DEAD.get(name, ()),
+        lambda state, spec: {GROUP: keys(spec).from_torch(state, table(spec))},
+        lambda params, spec: keys(spec).to_torch(params[GROUP], table(spec)),
+        _dead(name, options),
+        kind_of(cfg),
+        _GROUPED.get(name),
     )
     return {name: adapter}
 
 
+def _dead(name: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+    from histokd_jax.methods.supervised import torch_keys_multimodal
+
+    if name in ("clam_sb", "clam_mb"):
+        # A buffer of the smooth top-1 loss on instances, stored with networks that were trained with it.
+        return ("instance_loss_fn.",)
+    if name == "porpoise_mmf":
+        return torch_keys_multimodal.unused_porpoise_mmf((options["gate_path"], options["gate_omic"]))
+    return ()
+
+
+_PATHWAYS = GroupSizes(r"sig_networks\.(\d+)\.0\.0\.weight", 1)
+_GROUPED: Mapping[str, GroupSizes] = {"mcat": _PATHWAYS, "survpath": _PATHWAYS}
 _METHODS: Mapping[str, Callable[[ConfigDict], dict[str, Adapter]]] = {
     "mkd": _mkd,
     "ghanet": _ghanet,
     "supervised": _supervised,
 }
-# A buffer of the smooth top-1 loss on instances, stored with the network that was trained with it.
-_DEAD: Mapping[str, tuple[str, ...]] = {"clam_sb": ("instance_loss_fn.",), "clam_mb": ("instance_loss_fn.",)}

@@ -13,11 +13,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipelines import torch_file
+from data_pipelines.survival import TimeBins
 from histokd_jax.convert import widths
 from histokd_jax.convert.adapters import Adapter, adapters
 from histokd_jax.convert.matching import ConversionError, Matched, Tensors, match
+from histokd_jax.tasks.survival import bin_names
 from histokd_jax.train import model_dir
-from histokd_jax.types import DataSpec
+from histokd_jax.types import SURVIVAL, DataSpec
 from histokd_jax.utils import config as config_utils
 
 
@@ -96,6 +98,7 @@ def write_model(
     converted: Converted,
     *,
     class_names: Sequence[str] = (),
+    edges: Sequence[float] = (),
     encoder: Mapping[str, Any] | None = None,
     mpp: float | None = None,
     source: Mapping[str, str] | None = None,
@@ -106,24 +109,24 @@ def write_model(
       directory: the folder; must not hold a model.
       cfg: resolved configuration.
       converted: what was read.
-      class_names: one per output; default class_0, class_1, ...
+      class_names: one per class; default class_0, class_1, ...
+      edges: of a survival model with time bins: one more than bins, in months. Checkpoints do not hold them; risks do
+        not depend on them, the labels of an evaluation do.
       encoder: facts about the patch encoder of its training, if known.
       mpp: micrometres per pixel of its training patches, if known.
       source: network -> file name, kept in model.json.
 
     Raises:
-      ConversionError: another number of class names, or the folder holds a model.
+      ConversionError: another number of class names or edges, or the folder holds a model.
     """
     if (directory / model_dir.MODEL_FILE).exists():
         raise ConversionError(f"{directory} holds a model already: choose another folder")
-    names = list(class_names) or [f"class_{k}" for k in range(converted.spec.num_classes)]
-    if len(names) != converted.spec.num_classes:
-        raise ConversionError(f"{len(names)} class names {names} for {converted.spec.num_classes} outputs")
+    answers = _answers(converted.spec, class_names, edges)
     facts = {
         "method": cfg.method,
         "config": json.loads(config_utils.to_json(widths.fitted(cfg, converted.spec.feat_dim))),
         "spec": dataclasses.asdict(converted.spec),
-        "class_names": names,
+        **answers,
         "encoder": encoder,
         "mpp": mpp,
         "selections": {},
@@ -131,6 +134,22 @@ def write_model(
         "trained_on": {"converted_from": dict(source or {})},
     }
     model_dir.write(directory, converted.params, facts)
+
+
+def _answers(spec: DataSpec, class_names: Sequence[str], edges: Sequence[float]) -> dict[str, Any]:
+    """Entries of model.json about what the outputs mean."""
+    if spec.task == SURVIVAL:
+        if len(edges) != spec.num_classes + 1:
+            raise ConversionError(
+                f"{len(edges)} edges of time bins, but {spec.num_classes} bins have {spec.num_classes + 1}: give those "
+                "of the training cohort with --edges, in months; a checkpoint does not hold them"
+            )
+        bins = TimeBins(tuple(float(edge) for edge in edges))
+        return {"class_names": list(bin_names(bins)), "task": {"edges": list(bins.edges)}}
+    names = list(class_names) or [f"class_{k}" for k in range(spec.num_classes)]
+    if len(names) != spec.num_classes:
+        raise ConversionError(f"{len(names)} class names {names} for {spec.num_classes} outputs")
+    return {"class_names": names}
 
 
 def to_checkpoint(directory: pathlib.Path, network: str = "") -> Tensors:

@@ -76,12 +76,15 @@ def data_spec(cfg: ConfigDict, sources: Mapping[str, tuple[Adapter, Tensors, str
 def _start(cfg: ConfigDict, sources: Mapping[str, tuple[Adapter, Tensors, str]]) -> DataSpec:
     """Widths for probing; gene groups, task and a number of genes that is a setting are final."""
     spec = DataSpec(_FEAT_DIM, _NUM_CLASSES, _NUM_GENES)
-    for adapter, state, _ in sources.values():
+    for adapter, state, where in sources.values():
         spec = dataclasses.replace(spec, task=adapter.task)
         if adapter.genes_in_config:
             spec = dataclasses.replace(spec, num_genes=cfg.genes.top_k)
         if adapter.gene_groups is not None:
             groups = adapter.gene_groups.read(state)
+            if not groups:
+                pattern = adapter.gene_groups.pattern.replace("\\", "")
+                raise ConversionError(f"{where}: not a checkpoint of {adapter.name}: no key like {pattern}")
             spec = dataclasses.replace(spec, gene_groups=groups, num_genes=sum(groups))
     return spec
 
