@@ -159,7 +159,7 @@ def test_deviations_name_the_key(tmp_path, change, message):
 
 def test_another_network_is_refused_by_its_keys(golden_dir, tmp_path, full_config):
     write_state_dict(tmp_path / "x.pt", golden(golden_dir, "T_G"))
-    with pytest.raises(ConversionError, match="not a checkpoint of mkd S_P: classifier.fc.weight is missing"):
+    with pytest.raises(ConversionError, match="not a checkpoint of mkd S_P: _fc1.0.weight is missing"):
         models.from_checkpoints(full_config(), {"S_P": tmp_path / "x.pt"})
     write_state_dict(tmp_path / "y.pt", golden(golden_dir, "T_M"))
     with pytest.raises(

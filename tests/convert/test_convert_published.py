@@ -13,9 +13,10 @@ from histokd_jax.convert import models
 from histokd_jax.convert.matching import ConversionError, plain
 from histokd_jax.train import model_dir
 
-# model.name -> golden key table, and dead beginnings.
+# model.name -> golden key table.
 SUPERVISED = {"abmil": "abmil", "deepsets": "deepsets", "snn": "snn", "deepattnmisl": "deepattnmisl"}
-SUPERVISED |= {"clam_sb": "clam_sb", "clam_mb": "clam_mb", "dsmil": "dsmil"}
+SUPERVISED |= {name: name for name in ("clam_sb", "clam_mb", "dsmil", "transmil", "mcat", "porpoise_mmf", "survpath")}
+EDGES = (0.0, 10.0, 24.0, 50.0, 120.0)
 CHECKPOINTS = {"clam_sb": "clam/s_0_checkpoint.pt", "dsmil": "dsmil/tcga_aggregator.pth"}
 
 
@@ -60,8 +61,12 @@ def dsmil_logits(state, x):
 LOGITS = {"clam_sb": clam_logits, "dsmil": dsmil_logits}
 
 
+def supervised(name, **changes):
+    return convert_setup.full_config("supervised", **{"model__name": name, "task_kind": "classification", **changes})
+
+
 def convert(tmp_path, name, file):
-    cfg = convert_setup.full_config("supervised", model__name=name)
+    cfg = supervised(name)
     converted = models.from_checkpoints(cfg, {"": file})
     models.write_model(tmp_path / "model", cfg, converted, class_names=["normal", "tumour"])
     return converted
@@ -120,13 +125,13 @@ def test_a_published_checkpoint_predicts_a_data_set(real_data, tmp_path):
 
 @pytest.mark.real_data
 def test_one_published_network_is_not_the_other(real_data, tmp_path):
-    cfg = convert_setup.full_config("supervised", model__name="clam_sb")
+    cfg = supervised("clam_sb")
     with pytest.raises(ConversionError, match="not a checkpoint of clam_sb: attention_net.0.weight is missing"):
         models.from_checkpoints(cfg, {"": real_data / "reference_checkpoints" / CHECKPOINTS["dsmil"]})
-    cfg = convert_setup.full_config("supervised", model__name="dsmil", model__dsmil__linear_query=True)
+    cfg = supervised("dsmil", model__dsmil__linear_query=True)
     with pytest.raises(ConversionError, match="missing keys: b_classifier.q.weight.*unknown keys: b_classifier.q.0"):
         models.from_checkpoints(cfg, {"": real_data / "reference_checkpoints" / CHECKPOINTS["dsmil"]})
-    cfg = convert_setup.full_config("supervised", model__name="dsmil", model__dsmil__query=64)
+    cfg = supervised("dsmil", model__dsmil__query=64)
     with pytest.raises(ConversionError, match=r"b_classifier.q.0.weight has shape \(128, 512\), expected \(64, 512\)"):
         models.from_checkpoints(cfg, {"": real_data / "reference_checkpoints" / CHECKPOINTS["dsmil"]})
 
@@ -135,16 +140,26 @@ def test_one_published_network_is_not_the_other(real_data, tmp_path):
 def test_golden_fills_convert_and_come_back(golden_dir, tmp_path, name):
     state = {k: v.astype(np.float32) for k, v in gf.state_dict(golden_dir, SUPERVISED[name]).items()}
     write_state_dict(tmp_path / "x.pt", state)
-    cfg = convert_setup.full_config("supervised", model__name=name)
+    cfg = supervised(name, task_kind="survival") if name != "dsmil" else supervised(name)
     converted = models.from_checkpoints(cfg, {name: tmp_path / "x.pt"})
-    classes = 2 if name == "dsmil" else 4
-    assert converted.spec.num_classes == classes and converted.matched[name].dead == ()
-    assert converted.spec.num_genes == (37 if name == "snn" else 0), "the golden SNN reads 37 features"
-    models.write_model(tmp_path / "model", cfg, converted)
+    spec = converted.spec
+    assert spec.num_classes == (2 if name == "dsmil" else 4) and converted.matched[name].dead == ()
+    genes = {key: value.shape[1] for key, value in state.items() if ".0.0.weight" in key and "sig" in key}
+    genes |= {"fc": state["fc_omic.0.0.weight"].shape[1]} if "fc_omic.0.0.weight" in state else {}
+    assert spec.num_genes == sum(genes.values()) and spec.gene_groups == (
+        tuple(genes.values()) if "sig" in str(genes) else ()
+    )
+    models.write_model(tmp_path / "model", cfg, converted, edges=EDGES)
     back = models.to_checkpoint(tmp_path / "model")
     assert set(back) == set(state)
     for key, value in state.items():
         assert np.ascontiguousarray(back[key]).tobytes() == value.tobytes(), key
+
+
+def test_grouped_networks_need_their_groups(golden_dir, tmp_path):
+    write_state_dict(tmp_path / "x.pt", {"classifier.weight": np.ones((4, 256), "f4")})
+    with pytest.raises(ConversionError, match="not a checkpoint of mcat: no key like sig_networks"):
+        models.from_checkpoints(supervised("mcat", task_kind="survival"), {"": tmp_path / "x.pt"})
 
 
 GROUPS = (12, 9, 3, 7, 5, 10)
@@ -170,7 +185,7 @@ def test_C10_99_of_104_tensors_of_ghanet_are_used(golden_dir, tmp_path):
     state = ghanet_state(golden_dir)
     assert len(state) == 104
     write_state_dict(tmp_path / "x.pt", {f"module.{key}": value for key, value in state.items()})
-    cfg = convert_setup.full_config("ghanet", cab__second_attention="shared")
+    cfg = convert_setup.full_config("ghanet", task_kind="survival", cab__second_attention="shared")
     converted = models.from_checkpoints(cfg, {"": tmp_path / "x.pt"})
     matched = converted.matched["ghanet"]
     assert len(matched.tensors) == 99
@@ -181,7 +196,9 @@ def test_C10_99_of_104_tensors_of_ghanet_are_used(golden_dir, tmp_path):
     assert matched.summary().startswith("99 of 104 tensors used; stored but never used")
     assert converted.spec.gene_groups == GROUPS and converted.spec.num_genes == sum(GROUPS)
     assert (converted.spec.feat_dim, converted.spec.num_classes, converted.spec.task) == (1024, 4, "survival")
-    models.write_model(tmp_path / "model", cfg, converted)
+    with pytest.raises(ConversionError, match="0 edges of time bins, but 4 bins have 5"):
+        models.write_model(tmp_path / "model", cfg, converted)
+    models.write_model(tmp_path / "model", cfg, converted, edges=EDGES)
     back = models.to_checkpoint(tmp_path / "model")
     assert set(back) == {key for key in state if not key.startswith(second)}
     for key, value in back.items():
@@ -189,10 +206,15 @@ def test_C10_99_of_104_tensors_of_ghanet_are_used(golden_dir, tmp_path):
     loaded = model_dir.load(tmp_path / "model", "pathology")
     assert set(loaded.params) == {"CAB", "HSB"}, "the heads are not needed for prediction"
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(loaded.params))
+    bag = patches(23, 1024)
+    with DatasetWriter(tmp_path / "data", name="t", feat_dim=1024, dtype="float32") as out:
+        out.add("s", "p", bag)
+    table = inference.predict([tmp_path / "model"], tmp_path / "data", "pathology")
+    assert len(table) == 1 and -4 < float(table.risk[0]) < 0, "the risk is minus the sum of four survival values"
 
 
 def test_ghanet_deviations_name_the_key(golden_dir, tmp_path):
-    cfg = convert_setup.full_config("ghanet", cab__second_attention="shared")
+    cfg = convert_setup.full_config("ghanet", task_kind="survival", cab__second_attention="shared")
     for change, message in (
         (lambda s: s.pop("butter.1.bias"), "missing keys: butter.1.bias"),
         (lambda s: s.update({"new.weight": np.ones(2, "f4")}), "unknown keys: new.weight"),
@@ -207,4 +229,4 @@ def test_ghanet_deviations_name_the_key(golden_dir, tmp_path):
         with pytest.raises(ConversionError, match=message):
             models.from_checkpoints(cfg, {"": tmp_path / "x.pt"})
     with pytest.raises(ConversionError, match="second_attention=shared"):
-        models.from_checkpoints(convert_setup.full_config("ghanet"), {"": tmp_path / "x.pt"})
+        models.from_checkpoints(convert_setup.full_config("ghanet", task_kind="survival"), {"": tmp_path / "x.pt"})
