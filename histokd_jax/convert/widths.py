@@ -14,6 +14,7 @@ from histokd_jax.convert.adapters import Adapter
 from histokd_jax.convert.matching import ConversionError, Tensors, plain
 from histokd_jax.methods import registry
 from histokd_jax.types import DataSpec
+from histokd_jax.utils import config as config_utils
 
 # Unlike any width of a layer, and far apart, so that no two axes are confused.
 _FEAT_DIM, _NUM_CLASSES, _NUM_GENES = 1031, 5, 1511
@@ -22,8 +23,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def fitted(cfg: ConfigDict, feat_dim: int) -> ConfigDict:
-    """The configuration for patches of a width."""
-    cfg = ConfigDict(cfg)
+    """A copy of the configuration for patches of a width."""
+    cfg = config_utils.from_json(config_utils.to_json(cfg))
     cfg.data.feat_dim = feat_dim
     return cfg
 

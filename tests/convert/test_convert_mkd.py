@@ -70,7 +70,7 @@ def test_golden_checkpoints_and_dead_tensors(golden_dir, tmp_path, full_config, 
     matched = converted.matched[group]
     assert list(matched.dead) == dead and len(matched.tensors) == len(state) - len(dead)
     assert matched.summary().startswith(f"{len(state) - len(dead)} of {len(state)} tensors used")
-    assert converted.spec.num_classes == 2 and (group == "T_G" or converted.spec.feat_dim == 1024)
+    assert converted.spec.num_classes == 2 and converted.spec.feat_dim == 1024
     expected = torch_keys.from_torch(state, group)
     jax.tree.map(np.testing.assert_array_equal, dict(converted.params[group]), expected)
 
