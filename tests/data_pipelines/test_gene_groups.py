@@ -125,7 +125,7 @@ def test_empty_groups():
         select(p=1e-30)
     kept = select(p=1e-30, empty_group="keep_top_n", top_n=1)
     assert kept.sizes == (1, 1, 1) and kept.names == ("A_rnaseq", "D_mut", "E_rnaseq")
-    assert 0 in select(p=1e-6).sizes
+    assert 0 in select(p=1e-4).sizes
     assert select(selection="top_n", top_n=2).sizes == (2, 2, 1)
 
 
