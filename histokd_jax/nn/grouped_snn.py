@@ -3,7 +3,8 @@
 Groups are consecutive blocks of the gene vector with sizes from one to hundreds. One small product per group would
 leave a machine idle, and padding all groups to the largest wastes most of it (331 pathways of 1 to 199 genes: 6.8 times
 the work). So groups are cut into blocks of a few genes: one batched product over all blocks, then sums of the blocks of
-each group. Parameters are stored without padding.
+each group. Parameters are stored without padding, and the products stay in their dtype: they are bound by reading the
+weights once, and not every backend has batched products of bfloat16.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from histokd_jax.nn.affine import Initializer, operand
+from histokd_jax.nn.affine import Initializer
 from histokd_jax.ops.dropout import slot_alpha_dropout
 
 GENE_BLOCK = 16
@@ -67,14 +68,12 @@ class GroupedSelfNormalising(nn.Module):
       width: output width H.
       rate: alpha dropout of both blocks.
       layer: number of the first dropout layer; `DROPOUT_LAYERS` are used.
-      dtype: compute dtype of the products.
     """
 
     sizes: tuple[int, ...]
     width: int = 256
     rate: float = 0.25
     layer: int = 0
-    dtype: jnp.dtype | None = None
 
     def setup(self) -> None:
         """Declares the layers."""
@@ -102,19 +101,15 @@ class GroupedSelfNormalising(nn.Module):
         check_groups(self.sizes, genes.shape[-1])
         h = jax.nn.elu(self._first(genes) + self.bias1[None])
         h = self._drop(h, seed, 0)
-        h = jax.nn.elu(self._product("sph,phk->spk", h, self.kernel2) + self.bias2[None])
+        h = jax.nn.elu(jnp.einsum("sph,phk->spk", h, self.kernel2) + self.bias2[None])
         return self._drop(h, seed, 1)
 
     def _first(self, genes: jax.Array) -> jax.Array:
         index, owner = gene_blocks(self.sizes)
         parts = jnp.take(genes, index, axis=1, mode="fill", fill_value=0)
         kernel = jnp.take(self.kernel1, index, axis=0, mode="fill", fill_value=0)
-        blocks = self._product("snb,nbh->nsh", parts, kernel)
+        blocks = jnp.einsum("snb,nbh->nsh", parts, kernel)
         return jnp.swapaxes(jax.ops.segment_sum(blocks, owner, len(self.sizes), indices_are_sorted=True), 0, 1)
-
-    def _product(self, spec: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        total = jnp.promote_types(kernel.dtype, jnp.float32)
-        return jnp.einsum(spec, operand(x, self.dtype), operand(kernel, self.dtype), preferred_element_type=total)
 
     def _drop(self, h: jax.Array, seed: jax.Array | None, offset: int) -> jax.Array:
         return h if seed is None else slot_alpha_dropout(h, seed, self.rate, self.layer + offset)

@@ -175,7 +175,7 @@ class Mcat(nn.Module):
     def setup(self) -> None:
         """Declares the layers."""
         width, rate, dtype = self.width, self.rate, self.dtype
-        self.groups = grouped_snn.GroupedSelfNormalising(self.gene_groups, width, rate, _TOKENS, dtype)
+        self.groups = grouped_snn.GroupedSelfNormalising(self.gene_groups, width, rate, _TOKENS)
         features = ProjectedPatches(rate, _PATCHES, dtype)
         self.coattention = TokenCoAttention(self.feat_dim, width, features, self.chunk, self.impl)
         self.path_stream = TokenStream(width, rate, _PATH, dtype)

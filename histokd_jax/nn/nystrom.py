@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from histokd_jax.nn.affine import TORCH_DEFAULT, Affine, operand, symmetric_uniform
+from histokd_jax.nn.affine import TORCH_DEFAULT, Affine, symmetric_uniform
 from histokd_jax.ops.dropout import hash_dropout
 from histokd_jax.ops.grid_convolution import Grid, grid_convolution
 from histokd_jax.ops.pooling import NEG
@@ -124,20 +124,13 @@ def landmark_means(x: jax.Array, tiles: Tiles, padding: Padding, landmarks: int)
     return total / padding.group.reshape(-1, *(1,) * (total.ndim - 1)).astype(x.dtype)
 
 
-def _einsum(spec: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype | None) -> jax.Array:
-    total = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
-    return jnp.einsum(spec, operand(a, dtype), operand(b, dtype), preferred_element_type=total)
-
-
 def _map_tiles(fn: Callable, items: tuple[jax.Array, ...]) -> tuple[jax.Array, ...] | jax.Array:
     """`fn` on every tile, a few at a time; nothing inside is kept for the backward pass."""
     step = jax.checkpoint(lambda item: fn(*item))
     return lax.map(step, items, batch_size=min(TILES_AT_ONCE, items[0].shape[0]))
 
 
-def landmark_values(
-    queries: jax.Array, k: jax.Array, v: jax.Array, tiles: Tiles, padding: Padding, dtype: jnp.dtype | None = None
-) -> jax.Array:
+def landmark_values(queries: jax.Array, k: jax.Array, v: jax.Array, tiles: Tiles, padding: Padding) -> jax.Array:
     """`softmax(queries k^T) v` over all rows of each padded sequence.
 
     Args:
@@ -146,17 +139,16 @@ def landmark_values(
       v: [G, B, heads, d].
       tiles: the layout.
       padding: see `left_padding`.
-      dtype: compute dtype of the products.
 
     Returns:
       [S, m, heads, d].
     """
 
     def partial(slot, k, v, valid):
-        scores = _einsum("mhd,bhd->hmb", jnp.take(queries, slot, axis=0), k, dtype)
+        scores = jnp.einsum("mhd,bhd->hmb", jnp.take(queries, slot, axis=0), k)
         top = lax.stop_gradient(jnp.max(jnp.where(valid[None, None, :], scores, NEG), axis=-1))
         e = jnp.exp(jnp.where(valid[None, None, :], scores - top[..., None], NEG))
-        return top, e.sum(-1), _einsum("hmb,bhd->hmd", e, v, dtype)
+        return top, e.sum(-1), jnp.einsum("hmb,bhd->hmd", e, v)
 
     tops, sums, totals = _map_tiles(partial, (tiles.slot, k, v, tiles.valid))
     slots = queries.shape[0]
@@ -178,7 +170,6 @@ def nystrom_attention(
     tiles: Tiles,
     landmarks: int,
     inverse: Callable[[jax.Array], jax.Array] = iterative_pinv,
-    dtype: jnp.dtype | None = None,
 ) -> jax.Array:
     """`softmax(q kL^T) inverse(softmax(qL kL^T)) softmax(qL k^T) v` with landmarks qL, kL of each sequence.
 
@@ -189,19 +180,18 @@ def nystrom_attention(
       tiles: the layout.
       landmarks: m.
       inverse: maps [S, heads, m, m] to its (pseudo-)inverse.
-      dtype: compute dtype of the products; softmax and inverse stay in at least float32.
 
     Returns:
       [G, B, heads, d]; rows that are not valid hold no meaning.
     """
     padding = left_padding(tiles.length, landmarks)
     q_means, k_means = (landmark_means(t, tiles, padding, landmarks) for t in (q, k))
-    middle = inverse(jax.nn.softmax(_einsum("smhd,snhd->shmn", q_means, k_means, dtype)))
-    values = _einsum("shmn,snhd->smhd", middle, landmark_values(q_means, k, v, tiles, padding, dtype), None)
+    middle = inverse(jax.nn.softmax(jnp.einsum("smhd,snhd->shmn", q_means, k_means)))
+    values = jnp.einsum("shmn,snhd->smhd", middle, landmark_values(q_means, k, v, tiles, padding))
 
     def attend(slot, q):
-        scores = _einsum("bhd,mhd->bhm", q, jnp.take(k_means, slot, axis=0), dtype)
-        return _einsum("bhm,mhd->bhd", jax.nn.softmax(scores), jnp.take(values, slot, axis=0), dtype)
+        scores = jnp.einsum("bhd,mhd->bhm", q, jnp.take(k_means, slot, axis=0))
+        return jnp.einsum("bhm,mhd->bhd", jax.nn.softmax(scores), jnp.take(values, slot, axis=0))
 
     return _map_tiles(attend, (tiles.slot, q))
 
@@ -235,7 +225,7 @@ class NystromAttention(nn.Module):
       taps: kernel of the value convolution.
       rate: dropout of the output.
       layer: number of the dropout layer.
-      dtype: compute dtype of the products.
+      dtype: compute dtype of the projections; what lies between them stays in at least float32.
     """
 
     width: int
@@ -271,7 +261,7 @@ class NystromAttention(nn.Module):
         def inverse(a):
             return iterative_pinv(a, self.iterations)
 
-        mixed = nystrom_attention(q, k, v, tiles, self.landmarks, inverse, self.dtype)
+        mixed = nystrom_attention(q, k, v, tiles, self.landmarks, inverse)
         y = self.out((mixed + value_convolution(v, self.conv, tiles)).reshape(x.shape))
         return y if seed is None else self._drop(y, tiles, seed)
 

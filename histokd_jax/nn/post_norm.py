@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from histokd_jax.nn.affine import AffineParams, affine, operand, symmetric_uniform
+from histokd_jax.nn.affine import AffineParams, affine, symmetric_uniform
 from histokd_jax.nn.layer_norm import NormParams, layer_norm
 from histokd_jax.ops.dropout import slot_dropout
 
@@ -69,17 +69,16 @@ def self_attention(params: LayerParams, x: jax.Array, heads: int, drop: Drop, dt
       x: [S, T, H] float.
       heads: number of heads; contiguous parts of H.
       drop: applied to the attention weights.
-      dtype: compute dtype of the products.
+      dtype: compute dtype of the projections; the few products among tokens stay in at least float32.
 
     Returns:
       [S, T, H].
     """
     packed = affine(params["qkv"], x, dtype).reshape(*x.shape[:2], 3, heads, -1)
-    q, k, v = (operand(packed[:, :, i], dtype) for i in range(3))
-    total = packed.dtype
-    scores = jnp.einsum("sqhd,skhd->shqk", q, k, preferred_element_type=total) / math.sqrt(q.shape[-1])
+    q, k, v = (packed[:, :, i] for i in range(3))
+    scores = jnp.einsum("sqhd,skhd->shqk", q, k) / math.sqrt(q.shape[-1])
     weights = drop(jax.nn.softmax(scores, axis=-1), 0)
-    mixed = jnp.einsum("shqk,skhd->sqhd", operand(weights, dtype), v, preferred_element_type=total)
+    mixed = jnp.einsum("shqk,skhd->sqhd", weights, v)
     return affine(params["out"], mixed.reshape(x.shape), dtype)
 
 

@@ -189,7 +189,7 @@ class SurvPath(nn.Module):
         def dense(fan_in: int, out: int, use_bias: bool = True) -> Affine:
             return Affine(fan_in, out, TORCH_DEFAULT, self.dtype, use_bias)
 
-        self.pathways = GroupedSelfNormalising(self.gene_groups, self.width, self.rate, dtype=self.dtype)
+        self.pathways = GroupedSelfNormalising(self.gene_groups, self.width, self.rate)
         self.proj = dense(self.feat_dim, self.width)
         self.qkv = dense(self.width, 3 * self.attention, use_bias=False)
         self.fc1, self.fc2 = (dense(self.attention, self.attention) for _ in range(2))

@@ -115,6 +115,18 @@ def test_B2_position_decides_and_place_does_not(params):
     assert np.abs(run(params, reverse)["logits"] - base["logits"]).max(axis=1).min() > 1e-3
 
 
+def test_two_devices_give_the_same_result(params):
+    params = sg.cast(params, "float32")
+    packed = sg.pack([b.astype(np.float32) for b in bags((6, 17, 3))])
+    base = run(params, packed)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        rows = jax.sharding.NamedSharding(mesh, jax.P("data"))
+        placed = packed._replace(**{k: jax.device_put(getattr(packed, k), rows) for k in packed._fields[:3]})
+        split = run(params, placed)
+    np.testing.assert_allclose(split["logits"], base["logits"], atol=2e-5)
+
+
 def test_gradients_stay_finite_with_empty_slots_and_nan_padding(params):
     packed = sg.pack([b.astype(np.float32) for b in bags((1, 5))], empty=1)
 
@@ -167,7 +179,8 @@ def test_B7_iterative_inverse_of_random_softmax_matrices():
 
 
 def test_B1_parameter_count():
-    shapes = jax.eval_shape(TransMIL(1024, 4).init, jax.random.key(0), sg.pack([np.zeros((3, 1024), np.float32)]))
+    packed = sg.pack([np.zeros((3, 1024), np.float32)])
+    shapes = jax.eval_shape(lambda key: TransMIL(1024, 4).init(key, packed), jax.random.key(0))["params"]
     assert sg.count(shapes) == 2_673_172
 
 
