@@ -97,12 +97,12 @@ def _mkd(cfg: ConfigDict) -> dict[str, Adapter]:
 
 
 def _ghanet(cfg: ConfigDict) -> dict[str, Adapter]:
-    from histokd_jax.methods.ghanet import networks, torch_keys
+    from histokd_jax.methods.ghanet import networks, spec, torch_keys
 
-    if cfg.cab.second_attention != networks.SHARED:
+    if cfg.cab.second_attention != spec.SHARED:
         raise ConversionError(
             "the authors' code applies the first cross-attention twice: add --config.cab.second_attention="
-            f"{networks.SHARED}, or take the faithful configuration"
+            f"{spec.SHARED}, or take the faithful configuration"
         )
     groups = (networks.CAB, networks.HEADS, networks.HSB)
     adapter = Adapter(
