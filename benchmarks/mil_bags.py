@@ -177,7 +177,7 @@ class Trainer:
             return carry, losses.mean()
 
         carry, losses = jax.lax.scan(epoch, (params, optimizer.init(params)), jnp.arange(self.recipe.epochs))
-        bag, _ = self.logits(carry[0], (self.x - mean) / scale, self.size)
+        bag, _ = self.logits(carry[0], _standardised(self.x, mean, scale), self.size)
         return bag, losses
 
     def _init(self, key: jax.Array) -> Any:
@@ -190,7 +190,7 @@ class Trainer:
         size, label = self.size[row], self.label[row]
 
         def gradient(length: int, params: Any):
-            x = (self.x[row, :length] - mean) / scale
+            x = _standardised(self.x[row, :length], mean, scale)
             return jax.value_and_grad(self.loss)(params, x, size, label, seed)
 
         lengths = sorted({min(_SHORT, self.x.shape[1]), self.x.shape[1]})
@@ -198,6 +198,11 @@ class Trainer:
         loss, grads = jax.lax.switch((size > lengths[0]).astype(jnp.int32), branches, params)
         updates, state = optimizer.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), loss
+
+
+def _standardised(x: jax.Array, mean: jax.Array, scale: jax.Array) -> jax.Array:
+    axes = (1,) * (x.ndim - 1)
+    return (x - mean.reshape(*axes, -1)) / scale.reshape(*axes, -1)
 
 
 def make_trainer(bags: MilBags, model: Model, recipe: Recipe) -> Trainer:
