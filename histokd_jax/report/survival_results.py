@@ -163,7 +163,7 @@ def auc_figure(run: Run, references: Mapping[int, Reference]) -> Html:
         if not len(times):
             continue
         mean = run.summary["modes"][mode]["metrics"]["iauc"]["mean"]
-        curves = [survival_plots.TimeCurve(times, _auc_of_folds(rows, references, times), f"mean {number(mean)}")]
+        curves = [survival_plots.TimeCurve(times, _auc_of_folds(rows, references, times), f"integrated {number(mean)}")]
         if run.control is not None and mode in run.control.test.modes:
             folds = _auc_of_folds(run.control.test.of_mode(mode), references, times)
             curves.append(survival_plots.TimeCurve(times, folds, "control", control=True))
