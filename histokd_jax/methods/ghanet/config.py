@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import ml_collections
 
 from histokd_jax.losses.survival import CLAMPS
-from histokd_jax.methods.ghanet import networks as nets
-from histokd_jax.methods.ghanet.networks import NetworkSpec
+from histokd_jax.methods.ghanet import spec as nets
 from histokd_jax.methods.ghanet.objective import COX, REC_TERMS, SURVIVAL_LOSSES, ObjectiveSpec
+from histokd_jax.methods.ghanet.spec import NetworkSpec
 from histokd_jax.ops.pooling import IMPLS
 
 CARRY, DROP, FLUSH = "carry", "drop", "flush_scaled"
@@ -80,6 +80,7 @@ def default_config() -> ml_collections.ConfigDict:
                 empty_group="keep_top_n",
                 top_n=10,
                 clip=null(float),
+                suffixes=("_mut", "_cnv", "_rnaseq"),
             ),
             model=dict(dim=512, heads=4, head_dim=128, ffn_mult=4, tokens=6, dropout=0.25),
             cab=dict(enabled=True, passes=2, second_attention=nets.OWN, fusion=nets.MEAN, detach_tokens=False),
