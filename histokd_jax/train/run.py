@@ -68,8 +68,14 @@ def train(cfg: ConfigDict, workdir: pathlib.Path, command: Sequence[str] = ()) -
 
 
 def control_config(cfg: ConfigDict) -> ConfigDict | None:
-    """The same configuration with every distillation weight at 0, or None if it is one itself or not wanted."""
-    weights = {key: 0.0 for key, value in config_utils.flatten(cfg).items() if key.startswith("loss.lambda_") and value}
+    """The same configuration with every distillation weight at 0, or None if it is one itself or not wanted.
+
+    Weights are the keys loss.lambda_*, and those that the module of the method names in `CONTROL` (key -> value).
+    """
+    flat = config_utils.flatten(cfg)
+    weights = {key: 0.0 for key, value in flat.items() if key.startswith("loss.lambda_") and value}
+    own = getattr(registry.method_module(cfg.method), "CONTROL", {})
+    weights |= {key: value for key, value in own.items() if flat[key] != value}
     if not cfg.compare.control or not weights:
         return None
     control = ConfigDict(cfg.to_dict())

@@ -45,11 +45,11 @@ def with_follow_up(source, target, change):
     """A copy of a data set whose follow-up rows went through `change`."""
     shutil.copytree(source, target)
     path = target / "tables" / "survival.csv"
-    rows = survival_tiny.read_csv(path)
+    rows = [found for row in survival_tiny.read_csv(path) if (found := change(row)) is not None]
     with path.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, rows[0].keys())
         writer.writeheader()
-        writer.writerows(found for row in rows if (found := change(row)) is not None)
+        writer.writerows(rows)
     return target
 
 
