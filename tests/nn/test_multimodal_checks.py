@@ -110,9 +110,9 @@ def test_B9_returned_scores_are_before_the_softmax():
     params = parameters(net)
     packed, molecular = sg.pack(bags()), genes(4)
     scores = np.asarray(net.apply({"params": params}, packed, molecular, method="coattention_scores"))
-    weights = net.apply({"params": params}, packed, molecular, method="attention_map")
+    weights = np.asarray(net.apply({"params": params}, packed, molecular, method="attention_map"))
     t = jax.tree.map(np.asarray, params["coattention"])
-    tokens = run(net, params, packed, molecular)["group_tokens"]
+    tokens = np.asarray(run(net, params, packed, molecular)["group_tokens"])
     for slot, x in enumerate(bags()):
         h = np.maximum(x @ t["proj"]["kernel"] + t["proj"]["bias"], 0)
         q = tokens[slot] @ t["qkv"]["kernel"][:, :16] + t["qkv"]["bias"][:16]

@@ -45,17 +45,13 @@ def _sizes(options: Options, name: str) -> tuple[int, ...]:
     return tuple(options[GENE_GROUPS])
 
 
+def _check_multiple(key: str, width: int, of: int, reason: str) -> None:
+    if width % of:
+        raise ValueError(f"model.{key} = {width} is not possible; expected a multiple of {of} ({reason})")
+
+
 def _transmil(spec: NetworkSpec, options: Options) -> TransMIL:
-    for option in ("heads", "landmarks", "tile"):
-        if options[option] < 1:
-            raise ValueError(
-                f"model.transmil.{option} = {options[option]} is not possible; expected a positive integer"
-            )
-    if options["width"] % options["heads"]:
-        raise ValueError(
-            f"model.transmil.width = {options['width']} cannot be divided among {options['heads']} heads: "
-            "set model.transmil.width to a multiple of model.transmil.heads"
-        )
+    _check_multiple("transmil.width", options["width"], options["heads"], "model.transmil.heads")
     return TransMIL(
         spec.feat_dim,
         spec.num_outputs,
@@ -78,6 +74,7 @@ TRANSMIL = Network(
 
 
 def _mcat(spec: NetworkSpec, options: Options) -> Mcat:
+    _check_multiple("mcat.width", options["width"], 8, "heads of its transformers, scale of its bilinear fusion")
     return Mcat(
         spec.feat_dim,
         spec.num_outputs,
@@ -103,6 +100,7 @@ def _gates(options: Options) -> tuple[bool, bool]:
 
 
 def _porpoise(spec: NetworkSpec, options: Options) -> PorpoiseMmf:
+    _check_multiple("porpoise_mmf.width", options["width"], options["scale"], "model.porpoise_mmf.scale")
     return PorpoiseMmf(
         spec.feat_dim,
         spec.num_outputs,

@@ -76,10 +76,20 @@ def test_checkpoint_keys_cover_the_parameters(name):
     jax.tree.map(np.testing.assert_array_equal, back, dict(params))
 
 
-@pytest.mark.parametrize("option,value", [("tile", 0), ("landmarks", 0), ("heads", 3)])
-def test_impossible_transmil_options_are_named(option, value):
-    with pytest.raises(ValueError, match=option if value == 0 else "3 heads"):
-        method_of("transmil", **{option: value})
+@pytest.mark.parametrize(
+    "name,option,value,message",
+    [
+        ("transmil", "tile", 0, "transmil.tile = 0"),
+        ("transmil", "landmarks", 0, "transmil.landmarks = 0"),
+        ("transmil", "heads", 3, "width = 8 .* multiple of 3"),
+        ("mcat", "width", 12, "width = 12 .* multiple of 8"),
+        ("porpoise_mmf", "scale", 5, "width = 16 .* multiple of 5"),
+        ("mcat", "fusion", "none", "fusion"),
+    ],
+)
+def test_impossible_options_are_named(name, option, value, message):
+    with pytest.raises(ValueError, match=message):
+        method_of(name, **{option: value})
 
 
 def test_survpath_padding_option_reaches_the_network():
