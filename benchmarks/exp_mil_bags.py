@@ -106,7 +106,8 @@ def write(args: Any, names: list[str], seeds: int, n_folds: int) -> None:
         metrics={},
         derived=derived,
         notes="Real data, no images. Accuracy at probability 0.5 and AUROC of the test bags after the last epoch; mean "
-        "and population s.d. over folds x seeds, and s.d. of the seeds' means. Published values: Ilse et al. 2018.",
+        "and population s.d. over folds x seeds, and s.d. of the seeds' means. Published values: Ilse et al. 2018. "
+        "Absent pairs were not run to the end.",
         devices=(jax.devices()[0].device_kind, jax.device_count()),
     )
 
