@@ -144,20 +144,19 @@ def _group(name: str, features: np.ndarray, label: np.ndarray, bag: np.ndarray, 
     )
 
 
-def standardise(bags: MilBags, training: Sequence[int]) -> tuple[np.ndarray, ...]:
-    """Features with zero mean and unit deviation over the instances of the training bags.
+def moments(bags: MilBags, training: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation of every feature over the instances of the training bags.
 
     Args:
       bags: all bags.
       training: rows of the bags that may be looked at.
 
     Returns:
-      n arrays [instances, D] float32. A feature that is constant in the training bags is only centred.
+      ([D], [D]) float64; the deviation of a feature that is constant there is 1, so that it is only centred.
     """
     seen = np.concatenate([bags.features[row] for row in training])
     scale = seen.std(axis=0)
-    scale = np.where(scale > 0, scale, 1.0)
-    return tuple(((x - seen.mean(axis=0)) / scale).astype(np.float32) for x in bags.features)
+    return seen.mean(axis=0), np.where(scale > 0, scale, 1.0)
 
 
 def write_dataset(directory: str | pathlib.Path, bags: MilBags, *, overwrite: bool = False) -> None:

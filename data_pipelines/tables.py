@@ -1,4 +1,4 @@
-"""Reads labels, genes, survival and gene rankings from CSV and npz files; bad cells are errors that name them."""
+"""Reads labels, genes and gene rankings from CSV and npz files; bad cells are errors that name them."""
 
 from __future__ import annotations
 
@@ -6,29 +6,25 @@ import dataclasses
 import io
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 
 from data_pipelines import atomic, text_table
 from data_pipelines.errors import DataError
+from data_pipelines.follow_up import FollowUpColumns, Survival, SurvivalTable, read_survival
 from data_pipelines.genes import GeneTable
+from data_pipelines.text_table import BLANK, check_case_ids
+
+__all__ = ["FollowUpColumns", "LabelTable", "Survival", "SurvivalTable", "read_gene_table", "read_labels"]
+__all__ += ["read_ranking_table", "read_survival", "write_gene_table"]
 
 HER2_POLICIES = ("drop", "negative", "fish_resolved")
 UNAVAILABLE, EQUIVOCAL = "label not available", "label equivocal"
-_BLANK = {"", "na", "n/a", "nan", "not available", "not evaluated"}
 _POSITIVE, _NEGATIVE = {"positive", "pos", "+"}, {"negative", "neg", "-"}
 _EQUIVOCAL = {"equivocal", "indeterminate"}
 _NOT_GENES = {"case_id", "slide_id", "survival_months", "time_months", "censorship", "event", "train", "site"}
-
-
-class Survival(NamedTuple):
-    """Follow-up of n cases: time_months [n] float64 (NaN = unknown) and event [n] bool (True = death observed)."""
-
-    time_months: np.ndarray
-    event: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,20 +42,6 @@ class LabelTable:
     value: np.ndarray
     class_names: tuple[str, ...]
     missing: Mapping[str, str]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class SurvivalTable:
-    """Follow-up keyed by case: case_id (n, unique) and `survival` aligned to it."""
-
-    case_id: tuple[str, ...]
-    survival: Survival
-
-
-def _check_case_ids(case_id: Sequence[str], path: str | os.PathLike) -> None:
-    for row, case in enumerate(case_id):
-        if not isinstance(case, str) or not case:
-            raise DataError(f"{path}, line {row + 2}: case_id is empty; every row needs the id of its case")
 
 
 def read_labels(
@@ -92,7 +74,7 @@ def read_labels(
     fish_column = f"{task}_FISH"
     header = text_table.read_header(path)
     table = text_table.read_text_table(path, ("case_id", task, *[name for name in (fish_column,) if name in header]))
-    _check_case_ids(table["case_id"], path)
+    check_case_ids(table["case_id"], path)
     policy = her2_equivocal if task.casefold().startswith("her2") else "drop"
     fish = table[fish_column] if fish_column in table else None
     values, seen_at, missing = {}, {}, {}
@@ -126,10 +108,10 @@ def _parse_label(text: str, label_map: Mapping[str, int] | None, where: str) -> 
     if label_map is not None:
         if text in label_map:
             return int(label_map[text])
-        if word in _BLANK:
+        if word in BLANK:
             return UNAVAILABLE
         raise DataError(f"{where}: {text!r} is not in the label map, which knows {sorted(label_map)}")
-    if word in _BLANK:
+    if word in BLANK:
         return UNAVAILABLE
     if word in _EQUIVOCAL:
         return EQUIVOCAL
@@ -170,51 +152,6 @@ def _class_names(seen: set[int], label_map: Mapping[str, int] | None, textual: b
     return tuple(names)
 
 
-def read_survival(path: str | os.PathLike) -> SurvivalTable:
-    """Overall survival from case_id,time_months,event or from an MCAT / PORPOISE table.
-
-    The latter has survival_months and censorship with 1 = censored, so event = 1 - censorship, and one row per slide;
-    rows of a case must agree.
-
-    Args:
-      path: CSV file, plain, zipped or gzipped.
-
-    Returns:
-      Months and events per case; blank cells give time NaN, event False.
-
-    Raises:
-      DataError: missing columns, bad cells or conflicting rows; names file, line and field.
-    """
-    header = text_table.read_header(path)
-    flipped = "event" not in header
-    columns = ("survival_months", "censorship") if flipped else ("time_months", "event")
-    table = text_table.read_text_table(path, ("case_id", *columns))
-    _check_case_ids(table["case_id"], path)
-    known: dict[str, tuple[float, bool]] = {}
-    for row, cells in enumerate(table.itertuples(index=False, name=None)):
-        entry = _parse_survival(cells[1:], columns, flipped, f"{path}, line {row + 2}")
-        first = known.setdefault(cells[0], entry)
-        if first != entry and not (np.isnan(first[0]) and np.isnan(entry[0])):
-            raise DataError(
-                f"{path}, line {row + 2}: case {cells[0]!r} has (months, event) {entry} here but {first} earlier; "
-                f"a case needs one follow-up"
-            )
-    times, events = zip(*known.values()) if known else ((), ())
-    return SurvivalTable(tuple(known), Survival(np.array(times, np.float64), np.array(events, bool)))
-
-
-def _parse_survival(cells: Sequence[str], columns: Sequence[str], flipped: bool, where: str) -> tuple[float, bool]:
-    if any(cell.casefold() in _BLANK for cell in cells):
-        return np.nan, False
-    numbers = pd.to_numeric(pd.Series(cells), errors="coerce").to_numpy(np.float64)
-    months, status = numbers
-    if not (np.isfinite(months) and months >= 0):
-        raise DataError(f"{where}, column {columns[0]!r}: {cells[0]!r} is no follow-up in months (a number >= 0)")
-    if status not in (0, 1):
-        raise DataError(f"{where}, column {columns[1]!r}: {cells[1]!r} must be 0 or 1")
-    return float(months), bool(status) != flipped
-
-
 def read_gene_table(path: str | os.PathLike, *, suffix: str | None = None) -> GeneTable:
     """Expression from genes.npz, from a CSV (case_id + one column per gene), or from an MCAT / PORPOISE table.
 
@@ -244,7 +181,7 @@ def read_gene_table(path: str | os.PathLike, *, suffix: str | None = None) -> Ge
     table = pd.read_csv(path, sep=separator, encoding="utf-8-sig", low_memory=False, dtype={"case_id": str})
     table.columns = table.columns.str.strip()
     table["case_id"] = table["case_id"].str.strip()
-    _check_case_ids(table["case_id"], path)
+    check_case_ids(table["case_id"], path)
     columns = _gene_columns(list(table.columns), suffix, path)
     # pandas renames a doubled column X to X.1; the file's own header shows it.
     text_table.require_columns(header, [name for name in columns if name in header], path)

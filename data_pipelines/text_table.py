@@ -10,6 +10,7 @@ import pandas as pd
 
 from data_pipelines.errors import DataError
 
+BLANK = {"", "na", "n/a", "nan", "not available", "not evaluated"}
 _SEPARATORS = (",", ";", "\t")
 
 
@@ -17,6 +18,17 @@ def listed(names: Sequence[str]) -> str:
     """The first dozen names and the number of the others."""
     names = list(names)
     return f"{names[:12]}" + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+
+
+def check_case_ids(case_id: Sequence[str], path: str | os.PathLike) -> None:
+    """Refuses rows without a case id.
+
+    Raises:
+      DataError: naming the line.
+    """
+    for row, case in enumerate(case_id):
+        if not isinstance(case, str) or not case:
+            raise DataError(f"{path}, line {row + 2}: case_id is empty; every row needs the id of its case")
 
 
 def require_columns(found: Sequence[str], columns: Sequence[str], path: str | os.PathLike) -> None:

@@ -11,6 +11,7 @@ from absl import logging
 
 from histokd_jax import __version__
 from histokd_jax.cli import (
+    convert,
     demo,
     errors,
     evaluate,
@@ -34,6 +35,7 @@ COMMANDS = {
     "sweep": sweep,
     "evaluate": evaluate,
     "predict": predict,
+    "convert": convert,
     "report": report,
 }
 

@@ -9,17 +9,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from data_pipelines.genes import GeneSelection
 from histokd_jax.evals.predictions import atomic_writer
 from histokd_jax.methods import registry
+from histokd_jax.tasks import Task, get_task
 from histokd_jax.train import distributed
 from histokd_jax.train.checkpoint import CheckpointMismatchError, export_groups, load_groups, params_hash
 from histokd_jax.train.experiment import Experiment, FoldData
+from histokd_jax.train.gene_choice import Selection, read_selection
 from histokd_jax.types import DataSpec, Method
 from histokd_jax.utils import config as config_utils
 
@@ -38,6 +40,7 @@ class Model:
       extra: extra state.
       selections: batch field -> genes it reads.
       facts: model.json.
+      task: fitted as in training.
     """
 
     cfg: ConfigDict
@@ -45,8 +48,9 @@ class Model:
     spec: DataSpec
     params: dict[str, Any]
     extra: Any
-    selections: dict[str, GeneSelection]
+    selections: dict[str, Selection]
     facts: dict[str, Any]
+    task: Task
 
     @property
     def class_names(self) -> list[str]:
@@ -57,17 +61,17 @@ class Model:
 def export(directory: pathlib.Path, params: Any, experiment: Experiment, data: FoldData, fold: int) -> None:
     """Writes a model folder; model.json last, so that an incomplete folder has none."""
     manifest = experiment.manifest
-    export_groups(directory, params)
     fields = ("genes",) if data.selections else ()
     facts = {
         "method": experiment.cfg.method,
         "config": json.loads(config_utils.to_json(experiment.cfg)),
-        "spec": dataclasses.asdict(experiment.data_spec(fields)),
+        "spec": dataclasses.asdict(experiment.data_spec(fields, fold)),
         "class_names": list(experiment.cohort.class_names),
         "encoder": manifest.encoder,
         "mpp": manifest.mpp,
         "selections": {field: json.loads(s.to_json()) for field, s in data.selections.items()},
         "fold": fold,
+        **({"task": data.task.facts()} if data.task.facts() else {}),
         "trained_on": {
             "dataset": manifest.name,
             "simulated": manifest.simulated,
@@ -75,12 +79,72 @@ def export(directory: pathlib.Path, params: Any, experiment: Experiment, data: F
             "data_fingerprint": manifest.fingerprint(),
             "split_hash": data.split_hash,
         },
-        "params_sha256": {group: params_hash(tree) for group, tree in params.items()},
     }
+    write(directory, params, facts)
+
+
+def write(directory: pathlib.Path, params: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Writes parameter groups and their facts, which need not come from a run of this library.
+
+    Args:
+      directory: the model folder.
+      params: group -> tree.
+      facts: content of model.json but for the hashes: method, config, spec, class_names, encoder, mpp, selections,
+        fold, trained_on.
+    """
+    export_groups(directory, params)
+    facts = {**facts, "params_sha256": {group: params_hash(tree) for group, tree in params.items()}}
     if not distributed.is_main():
         return
     with atomic_writer(directory / MODEL_FILE) as stream:
         json.dump(facts, stream, indent=2, sort_keys=True)
+
+
+def read_facts(directory: pathlib.Path) -> dict[str, Any]:
+    """model.json of a model folder.
+
+    Raises:
+      CheckpointMismatchError: there is none.
+    """
+    path = directory / MODEL_FILE
+    if not path.is_file():
+        raise CheckpointMismatchError(f"{directory} holds no {MODEL_FILE}: give a folder like RUN/fold_0/model")
+    return json.loads(path.read_text())
+
+
+def rebuild(facts: Mapping[str, Any]) -> tuple[ConfigDict, DataSpec, Method]:
+    """Configuration, data specification and method that the facts of a model describe."""
+    cfg = config_utils.from_json(json.dumps(facts["config"]))
+    # JSON has no tuples.
+    spec = DataSpec(**{**facts["spec"], "gene_groups": tuple(facts["spec"].get("gene_groups", ()))})
+    return cfg, spec, registry.get_method(facts["method"])(cfg, spec)
+
+
+def read_groups(
+    directory: pathlib.Path, facts: Mapping[str, Any], method: Method, groups: Iterable[str]
+) -> tuple[dict[str, Any], Any]:
+    """Parameter groups of a model folder, compared with their hashes.
+
+    Args:
+      directory: the model folder.
+      facts: its model.json.
+      method: built from it.
+      groups: which to read.
+
+    Returns:
+      (group -> tree, extra state, which is empty).
+
+    Raises:
+      CheckpointMismatchError: a missing network, other shapes, or contents that differ from their hash.
+    """
+    like, extra = jax.eval_shape(method.init, jax.random.key(0))
+    if jax.tree.leaves(extra):
+        raise CheckpointMismatchError(f"{facts['method']} keeps extra state, which model folders do not hold")
+    params = load_groups(directory, like, groups)
+    for group, tree in params.items():
+        if params_hash(tree) != facts["params_sha256"][group]:
+            raise CheckpointMismatchError(f"{directory / group} differs from its hash in {MODEL_FILE}: damaged?")
+    return params, extra
 
 
 def load(directory: pathlib.Path, mode: str) -> Model:
@@ -94,24 +158,14 @@ def load(directory: pathlib.Path, mode: str) -> Model:
       CheckpointMismatchError: no model, a missing network, other shapes, or contents that differ from their hash.
       ValueError: the method has no such mode.
     """
-    path = directory / MODEL_FILE
-    if not path.is_file():
-        raise CheckpointMismatchError(f"{directory} holds no {MODEL_FILE}: give a folder like RUN/fold_0/model")
-    facts = json.loads(path.read_text())
-    cfg = config_utils.from_json(json.dumps(facts["config"]))
-    spec = DataSpec(**facts["spec"])
-    method = registry.get_method(facts["method"])(cfg, spec)
+    facts = read_facts(directory)
+    cfg, spec, method = rebuild(facts)
     needed = method.mode(mode)
-    like, extra = jax.eval_shape(method.init, jax.random.key(0))
-    if jax.tree.leaves(extra):
-        raise CheckpointMismatchError(f"{facts['method']} keeps extra state, which model folders do not hold")
-    params = load_groups(directory, like, needed.params)
-    for group, tree in params.items():
-        if params_hash(tree) != facts["params_sha256"][group]:
-            raise CheckpointMismatchError(f"{directory / group} differs from its hash in {MODEL_FILE}: damaged?")
+    params, extra = read_groups(directory, facts, method, needed.params)
     selections = {
-        field: GeneSelection.from_json(json.dumps(value))
+        field: read_selection(cfg, json.dumps(value))
         for field, value in facts["selections"].items()
         if field in needed.fields
     }
-    return Model(cfg, method, spec, params, extra, selections, facts)
+    task = get_task(cfg).restore(facts.get("task", {}))
+    return Model(cfg, method, spec, params, extra, selections, facts, task)

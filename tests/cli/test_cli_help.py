@@ -18,13 +18,14 @@ WORDS = {
     "sweep": ("--seeds", "--only", "--dry-run", "continues an interrupted sweep", "diverges is stopped alone", "table"),
     "evaluate": ("summary.json", "--data", "--labels", "External test"),
     "predict": ("no genes and no teacher parameters are needed", "--model", "--attention", "--out"),
+    "convert": ("--to-torch", "--config", "no code in a file is run", "errors that name the key"),
     "report": ("report.html", "RUN"),
 }
 
 
 def test_every_command_has_help_that_is_checked():
     assert set(WORDS) == set(COMMANDS)
-    assert {"demo", "simulate", "import", "train", "sweep", "evaluate", "predict", "report"} <= set(COMMANDS)
+    assert {"demo", "simulate", "import", "train", "sweep", "evaluate", "predict", "convert", "report"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

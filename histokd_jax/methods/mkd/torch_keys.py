@@ -65,12 +65,12 @@ _GMKDN_MULTIMODAL = {
 }
 _CONCAT = {"mm.0": "fusion/encode", "mm.2": "fusion/merge"}
 
-# Allocated by the authors' code and never used in a forward pass.
-_UNUSED = {
+UNUSED = {
     (GENOMIC, "mkd"): ("classifier.",),
     (GENOMIC, "gmkdn"): ("attention_rmna.",),
     (MULTIMODAL, "gmkdn"): ("coattn_mrna.", "coattn_cnv.", "transformer.", "multi_fc.", "attention."),
 }
+"""(network, variant) -> beginnings of the keys that the authors' code allocates and never uses in a forward pass."""
 
 
 def layer_names(network: str, variant: str = "mkd", fusion: str = "bilinear") -> dict[str, str]:
@@ -120,7 +120,7 @@ def from_torch(state: Tensors, network: str, variant: str = "mkd", fusion: str =
       ValueError: listing keys that are missing or not known.
     """
     names = dict(_tensors(layer_names(network, variant, fusion)))
-    unused = _UNUSED.get((network, variant), ())
+    unused = UNUSED.get((network, variant), ())
     missing = sorted(set(names) - set(state))
     unknown = sorted(k for k in set(state) - set(names) if not k.startswith(unused))
     if missing or unknown:

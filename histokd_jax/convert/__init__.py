@@ -1,0 +1,1 @@
+"""The authors' PyTorch checkpoints as models of this library, and back."""

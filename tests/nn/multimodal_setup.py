@@ -1,0 +1,50 @@
+"""Small MCAT, PORPOISE MMF and SurvPath networks, their inputs, and one forward pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import survival_golden as sg
+
+from histokd_jax.nn.mcat import Mcat
+from histokd_jax.nn.porpoise import PorpoiseMmf
+from histokd_jax.nn.survpath import SurvPath
+
+FEAT, GROUPS, SIZES = 6, (3, 1, 20, 2), (5, 1, 19, 3)
+GENES = sum(GROUPS)
+OFF = (False, False)
+NETS = {
+    "mcat_concat": Mcat(FEAT, 4, GROUPS, 16, chunk=8),
+    "mcat_bilinear": Mcat(FEAT, 4, GROUPS, 32, "bilinear", chunk=8),
+    "porpoise": PorpoiseMmf(FEAT, 4, GENES, 16, 8, 5, chunk=8),
+    "porpoise_plain": PorpoiseMmf(FEAT, 4, GENES, 16, 8, 5, gates=OFF, skip=False, use_mlp=True, chunk=8),
+    "survpath": SurvPath(FEAT, 4, GROUPS, 16, 8, 5, chunk=8),
+}
+
+
+def bags(sizes=SIZES, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=(n, FEAT)).astype(np.float32) for n in sizes]
+
+
+def genes(slots, seed=1):
+    return {"genes": np.random.default_rng(seed).normal(size=(slots, GENES)).astype(np.float32)}
+
+
+def parameters(net, key=0):
+    """Initial parameters, moved so that zero biases and equal layers do not hide mistakes."""
+    params = jax.jit(lambda k: net.init(k, sg.pack(bags()), genes(4))["params"])(jax.random.key(key))
+    rng = np.random.default_rng(key)
+    return jax.tree.map(lambda p: jnp.asarray(p + 0.2 * rng.normal(size=p.shape), jnp.float32), params)
+
+
+def run(net, params, packed, molecular, seed=None):
+    def fn(params, patches, ids, positions, molecular, seed):
+        return net.apply({"params": params}, sg.Bags(patches, ids, positions, packed.num_slots), molecular, seed)
+
+    return jax.jit(fn)(params, packed.patches, packed.segment_ids, packed.positions, molecular, seed)
+
+
+def assert_same(a, b, atol=2e-5):
+    assert set(a) == set(b)
+    for k in a:
+        np.testing.assert_allclose(a[k], b[k], atol=atol, rtol=1e-4, err_msg=k)
