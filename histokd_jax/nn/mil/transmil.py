@@ -9,7 +9,7 @@ bag is ever cut, and one program serves all sizes.
 **Memory.** Everything is kept for the backward pass but the scores, which exist for 16 tiles at a time; nothing is
 quadratic in n. Compiled for CPU in float32, a gradient needs 90 KB per patch (2.9 GB for 32,768 patches, tens of arrays
 [T, 512] with T = N + 2 sqrt(S N) + S (B + 1) rows, B = `tile`) and 250 MB more per slide (the pseudo-inverses of both
-layers: 8 heads, 256 landmarks). On a mesh the projected patches are gathered: every device holds the rows of all slides.
+layers: 8 heads, 256 landmarks). On a mesh the projected patches are gathered: every device has all rows.
 """
 
 from __future__ import annotations
