@@ -6,11 +6,10 @@ whose number follows from the patches of the step alone: a bag of n patches has 
 rows, and the square roots of S parts of N patches sum to at most sqrt(S N). No capacity per slide has to be chosen, no
 bag is ever cut, and one program serves all sizes.
 
-**Memory.** With T = N + 2 sqrt(S N) + S (B + 1) rows (B = `tile`) and float32: about 40 KB per row are kept for the
-backward pass (some 20 arrays [T, 512]: input, norms, q, k, v, mixed and convolved values of both layers), and per slide
-and attention layer some 30 arrays of heads x m x m (63 MB with 8 heads and 256 landmarks); besides, the scores of 16
-tiles at a time. Nothing is quadratic in n. On a mesh the projected patches are gathered: every device then holds the
-rows of all slides.
+**Memory.** Everything is kept for the backward pass but the scores, which exist for 16 tiles at a time; nothing is
+quadratic in n. Compiled for CPU in float32, a gradient needs 90 KB per patch (2.9 GB for 32,768 patches, tens of arrays
+[T, 512] with T = N + 2 sqrt(S N) + S (B + 1) rows, B = `tile`) and 250 MB more per slide (the pseudo-inverses of both
+layers: 8 heads, 256 landmarks). On a mesh the projected patches are gathered: every device has all rows.
 """
 
 from __future__ import annotations
