@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import survival_tiny
+import tiny
 from survival_tiny import survival_config, survival_config_file, survival_dir
 
 from data_pipelines.tables import read_survival
@@ -15,7 +16,9 @@ from histokd_jax import inference
 from histokd_jax.cli.main import main
 from histokd_jax.evals.survival.concordance import harrell_c
 from histokd_jax.evals.survival_predictions import read_survival_predictions
-from histokd_jax.train import model_dir, run, signals
+from histokd_jax.methods.supervised import method as supervised
+from histokd_jax.report.build import build_report
+from histokd_jax.train import model_dir, run, signals, sweep
 from histokd_jax.train.signals import Interrupted
 from histokd_jax.utils import config
 
@@ -242,3 +245,65 @@ def test_check_B13_genes_alone_and_a_cox_head(survival_config, tmp_path, loss):
     assert ("ibs" in summary["modes"]["genomics"]["metrics"]) == (loss == "nll")
     facts = json.loads((tmp_path / "fold_0" / "model" / "model.json").read_text())
     assert facts["spec"]["num_genes"] == 24 and facts["selections"]["genes"]["source"]["kind"] == "all"
+
+
+def test_ghanet_reads_gene_groups_of_every_fold_and_deploys_without_genes(survival_dir, tmp_path):
+    groups = [[f"SIMGENE{4 * g + i + 1:05d}" for i in range(4)] for g in range(6)]
+    rows = [",".join(f"group{g}" for g in range(6)), *(",".join(column) for column in zip(*groups))]
+    (tmp_path / "signatures.csv").write_text("\n".join(rows) + "\n")
+    settings = {
+        "data.dir": survival_dir,
+        "data.chunk": 32,
+        "data.row_multiple": 32,
+        "genes.signatures": tmp_path / "signatures.csv",
+        "genes.correction": "none",
+        "genes.top_n": 1,
+        "train.b": 4,
+        "train.max_epochs": 1,
+        "report.bootstrap": 20,
+        "compare.control": False,
+        "model.dim": 8,
+        "eval.slots": 8,
+    }
+    cfg = config.load("configs/ghanet.py:smoke", [f"{key}={value}" for key, value in settings.items()])
+    with cfg.unlocked():
+        cfg.genes.suffixes = ("",)
+    summary = run.train(cfg, tmp_path / "run")
+    assert summary["folds"] == [0, 1] and summary["modes"]["pathology"]["n_patients"] == 48
+    for k in (0, 1):
+        folder = tmp_path / "run" / f"fold_{k}" / "model"
+        facts = json.loads((folder / "model.json").read_text())
+        assert (
+            len(facts["spec"]["gene_groups"]) == 6 and sum(facts["spec"]["gene_groups"]) == facts["spec"]["num_genes"]
+        )
+        assert facts["selections"]["genes"]["sizes"] == facts["spec"]["gene_groups"]
+        stored = read_survival_predictions(tmp_path / "run" / f"fold_{k}" / "predictions_test.csv")
+        again = inference.predict([folder], survival_dir, "pathology")
+        row = {case: i for i, case in enumerate(again.case_id)}
+        np.testing.assert_allclose(again.risk[[row[case] for case in stored.case_id]], stored.risk, atol=1e-5)
+
+
+def test_sweep_trains_survival_settings_as_one_program(survival_config, trained, tmp_path):
+    settings = {"full": survival_config(), "half": survival_config(loss__alpha=0.5)}
+    plan = sweep.prepare(settings, "full", [0])
+    assert len(plan.groups) == 1 and plan.groups[0].varying == ("loss.alpha",)
+    found = sweep.train(plan, tmp_path)
+    assert not found["failed"] and {row["metric"] for row in found["rows"]} == {"c_index"}
+    one = read_survival_predictions(tmp_path / "full" / "seed_0" / "predictions_test.csv")
+    np.testing.assert_allclose(one.risk, read_survival_predictions(trained / "predictions_test.csv").risk, atol=1e-5)
+
+
+def test_control_arm_is_compared_in_the_report(survival_config, tmp_path, monkeypatch):
+    """A method names what its control changes; the report pairs both arms."""
+    monkeypatch.setattr(supervised, "CONTROL", {"loss.alpha": 1.0}, raising=False)
+    run.train(survival_config(compare__control=True, train__max_epochs=1), tmp_path)
+    control = json.loads((tmp_path / "control" / "config.json").read_text())
+    assert control["loss"]["alpha"] == 1.0 and control["compare"]["control"] is False
+    text = build_report(tmp_path).read_text()
+    assert "the same network with loss.alpha = 1.0" in text and "Bootstrap p" in text
+
+
+def test_a_method_that_does_not_know_survival_is_refused(survival_dir, tmp_path):
+    changes = tiny.overrides(survival_dir, task_kind="survival", compare__control=False, data__slide_choice="all")
+    with pytest.raises(ValueError, match="mkd.*task_kind=survival"):
+        run.train(config.load(tiny.CONFIG, changes), tmp_path)
