@@ -7,7 +7,11 @@ Check C27 of the specification: 120 training and 40 held-out patients with a lat
 of 8 features are z times a fixed vector plus noise of s.d. 0.5, four are noise; death after an exponential time of mean
 20 exp(-1.2 z), censoring after one of mean 40. 16 epochs, faithful network, windows of 8 patients, uniform order, Adam
 with L2 in the gradient. Accepted: C-index >= 0.74, mass of Q on planted patches >= 0.95, cosine >= 0.3 for the two
-groups, <= 0.2 in size for the others. It proves that the parts learn, not that genomics helps.
+groups, <= 0.2 in size for the others. It would prove that the parts learn, not that genomics helps.
+
+State: NOT met. Two CPU runs gave held-out C-index 0.838 and 0.732, mass of Q 0.95 and 0.43 to 0.49, and cosines within
+0.12 of 0 for all groups. Outputs and gradients without dropout equal the reference's (test_ghanet_golden.py), so the
+cause is sought in this simulation or in training with dropout.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def test_dropped_attention_probabilities_equal_numpy():
     tokens = bound.norm_query_1(params["tokens"][None])
     done = bound._read(bags, bound.cross_attn, tokens, 1, seed)
     ids, positions = jnp.ones(9, jnp.int32), jnp.arange(9, dtype=jnp.int32)
-    e = jnp.maximum(patches @ params["proj"]["kernel"] + params["proj"]["bias"], 0).T
+    e = jnp.maximum(patches @ params["proj"]["kernel"] + params["proj"]["bias"][None], 0).T
     c = np.asarray(normalise(params["norm_context"], hash_dropout(e, seed, ids, positions, 0.4, 0), 0), np.float64).T
     w = {k: np.asarray(v["kernel"], np.float64) for k, v in params["cross_attn"].items()}
     heads, width = 2, 4
