@@ -1,4 +1,4 @@
-"""The published survival cohorts and splits: patients, slides, folds and sampling classes as the specification counts."""
+"""Published survival cohorts and splits: patients, slides, folds and sampling classes as the specification counts."""
 
 import types
 
