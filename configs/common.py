@@ -39,6 +39,7 @@ def base() -> ConfigDict:
     cfg = ConfigDict()
     cfg.seed = 0
     cfg.task = "ER"
+    cfg.task_kind = "classification"  # classification: classes of the label table | survival: follow-up per patient
     cfg.fold = "all"
     cfg.data = ConfigDict(
         dict(
@@ -49,7 +50,8 @@ def base() -> ConfigDict:
             survival="",  # table of survival; empty: tables/survival.csv of the data set
             unit="case",  # case: one slide per case | slide: every slide is a sample, tables keyed by slide id
             feat_dim=1024,  # must match the data set; 0: taken from it
-            slide_choice="first_sorted",
+            slide_choice="first_sorted",  # first_sorted | largest_bag | listing_order | all: every slide, one bag
+            missing_slides="exclude",  # cases or slides without features: exclude (and count) | error
             max_patches_train=placeholder(int),
             grouping="size_balanced",
             rows=0,  # packed rows per step; 0: one per device of the data axis
@@ -64,7 +66,20 @@ def base() -> ConfigDict:
             allow_patient_overlap=False,
         )
     )
-    cfg.split = ConfigDict(dict(dir="", n_folds=5, val_fraction=0.2, stratify=True, seed=0))
+    # protocol: corrected | published: the reported part is the validation part as well, and marked so.
+    cfg.split = ConfigDict(dict(dir="", n_folds=5, val_fraction=0.2, stratify=True, seed=0, protocol="corrected"))
+    # bins_from: cohort (as published) | train_fold. monitor: c_index | nll. Columns of another endpoint: time_column
+    # (months) with event_column (1 = death) or censorship_column (1 = censored); empty: found by name.
+    cfg.survival = ConfigDict(
+        dict(
+            n_bins=4,
+            bins_from="cohort",
+            monitor="c_index",
+            time_column="",
+            event_column="",
+            censorship_column="",
+        )
+    )
     cfg.train = ConfigDict(
         dict(
             b=16,

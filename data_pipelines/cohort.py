@@ -5,7 +5,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,16 @@ import numpy as np
 from data_pipelines import tables
 from data_pipelines.errors import DataError
 from data_pipelines.genes import GeneTable
-from data_pipelines.tables import LabelTable, Survival, SurvivalTable
+from data_pipelines.samples import SEPARATOR, SampleReader
+from data_pipelines.tables import FollowUpColumns, LabelTable, Survival, SurvivalTable
 
-SLIDE_CHOICES = ("first_sorted", "largest_bag", "listing_order")
+ALL_SLIDES = "all"
+SLIDE_CHOICES = ("first_sorted", "largest_bag", "listing_order", ALL_SLIDES)
 UNITS = ("case", "slide")
+MISSING_SLIDES = ("exclude", "error")
 NO_LABEL, NO_FEATURES, NO_GENES, EXTRA_SLIDE = "no label", "no features", "no genes", "extra slide of the case"
+NO_FOLLOW_UP, SLIDE_WITHOUT_FEATURES = "no follow-up", "slide of the case without features"
+UNLISTED_SLIDE = "slide that the table does not list"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +37,12 @@ class Drop:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cohort:
-    """n samples in the order of their ids: cases with one slide each, or slides of their own right (`unit`).
+    """n samples in the order of their ids: cases with one slide or all their slides, or slides of their own (`unit`).
 
     Attributes:
       case_id: patient of each sample (repeats if unit is "slide").
-      slide_index: [n] int32 row in the manifest.
-      slide_id: slide of each sample.
+      slide_index: [n] int32 row in the manifest; of a sample with several slides that of the first.
+      slide_id: slide of each sample; several slides are joined by ";".
       label: [n] int32 class index; -1 everywhere if the cohort was built without labels.
       genes: table aligned to the samples (has_genes False where a sample has none), or None.
       survival: aligned follow-up (time NaN where unknown), or None.
@@ -44,6 +50,7 @@ class Cohort:
       class_names: one per class; empty without labels.
       unit: "case" or "slide".
       task: the label column, or None.
+      slides: manifest rows of each sample, sorted by slide id, if a sample is all slides of its case; else empty.
     """
 
     case_id: tuple[str, ...]
@@ -56,6 +63,7 @@ class Cohort:
     class_names: tuple[str, ...] = ()
     unit: str = "case"
     task: str | None = None
+    slides: tuple[tuple[int, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.case_id)
@@ -64,6 +72,15 @@ class Cohort:
     def sample_id(self) -> tuple[str, ...]:
         """The ids that key tables and split files: case ids, or slide ids if `unit` is "slide"."""
         return self.slide_id if self.unit == "slide" else self.case_id
+
+    @property
+    def bag_index(self) -> np.ndarray:
+        """[n] int32 number of each sample's bag for the reader of `open_bags`."""
+        return np.arange(len(self), dtype=np.int32) if self.slides else self.slide_index
+
+    def open_bags(self, reader: Any) -> Any:
+        """The reader of the samples' bags, given that of the slides."""
+        return SampleReader(reader, self.slides) if self.slides else reader
 
     @property
     def has_genes(self) -> np.ndarray:
@@ -92,6 +109,7 @@ class Cohort:
             label=self.label[rows],
             genes=None if self.genes is None else self.genes.align(ids),
             survival=None if self.survival is None else Survival(*(part[rows] for part in self.survival)),
+            slides=tuple(self.slides[row] for row in rows) if self.slides else (),
         )
 
     def report(self) -> dict[str, Any]:
@@ -106,6 +124,7 @@ class Cohort:
             "task": self.task,
             "n": len(self),
             "n_cases": len(set(self.case_id)),
+            **({"n_slides": sum(map(len, self.slides))} if self.slides else {}),
             "classes": {name: int(count) for name, count in zip(self.class_names, counts)},
             "n_with_genes": int(self.has_genes.sum()),
             "n_without_genes": int((~self.has_genes).sum()),
@@ -128,6 +147,10 @@ def build_cohort(
     label_map: Mapping[str, int] | None = None,
     her2_equivocal: str = "drop",
     unit: str = "case",
+    require_follow_up: bool = False,
+    missing_slides: str = "exclude",
+    follow_up_columns: FollowUpColumns | None = None,
+    read_genes: Callable[[str | os.PathLike], GeneTable] = tables.read_gene_table,
 ) -> Cohort:
     """Reads the tables and joins them with the slides of a manifest.
 
@@ -138,11 +161,16 @@ def build_cohort(
       genes_path: gene table; see `tables.read_gene_table`.
       survival_path: survival table; see `tables.read_survival`. Cases without follow-up stay, with time NaN.
       slide_choice: which slide stands for a case: "first_sorted" by slide id, "largest_bag" (ties by slide id), or
-        "listing_order" (first in the manifest).
+        "listing_order" (first in the manifest); "all": a sample is all slides of its case (those that the survival
+        table lists, if it lists slides).
       require_genes: if genes_path is given, drop samples without genes; otherwise keep them with has_genes False.
       label_map: see `tables.read_labels`.
       her2_equivocal: see `tables.read_labels`.
       unit: "case", or "slide" if every slide is a sample and the tables hold slide ids in their case_id column.
+      require_follow_up: drop samples without follow-up (survival tasks).
+      missing_slides: cases or slides of the tables without features: "exclude" lists them, "error" refuses.
+      follow_up_columns: names of the columns of the survival table; None for those of `tables.read_survival`.
+      read_genes: reads the gene table.
 
     Returns:
       The cohort.
@@ -158,12 +186,14 @@ def build_cohort(
     return join_cohort(
         manifest,
         labels=labels,
-        genes=None if genes_path is None else tables.read_gene_table(genes_path),
-        survival=None if survival_path is None else tables.read_survival(survival_path),
+        genes=None if genes_path is None else read_genes(genes_path),
+        survival=None if survival_path is None else tables.read_survival(survival_path, follow_up_columns),
         slide_choice=slide_choice,
         require_genes=require_genes,
         unit=unit,
         task=task,
+        require_follow_up=require_follow_up,
+        missing_slides=missing_slides,
     )
 
 
@@ -177,20 +207,26 @@ def join_cohort(
     require_genes: bool = True,
     unit: str = "case",
     task: str | None = None,
+    require_follow_up: bool = False,
+    missing_slides: str = "exclude",
 ) -> Cohort:
     """As `build_cohort`, from tables already in memory."""
-    for key, value, allowed in (("data.slide_choice", slide_choice, SLIDE_CHOICES), ("unit", unit, UNITS)):
-        if value not in allowed:
-            raise DataError(f"{key}={value!r} is unknown; choose one of {allowed}")
+    _check_options(slide_choice, unit, missing_slides)
     dropped: list[Drop] = []
     if unit == "slide":
-        chosen = {slide.slide_id: row for row, slide in enumerate(manifest.slides)}
+        chosen = {slide.slide_id: (row,) for row, slide in enumerate(manifest.slides)}
+    elif slide_choice == ALL_SLIDES:
+        chosen = _all_slides(manifest.slides, {} if survival is None else survival.slides, dropped)
     else:
         chosen = _choose_slides(manifest.slides, slide_choice, dropped)
-    slide_of = {key: manifest.slides[row] for key, row in chosen.items()}
+    slide_of = {key: manifest.slides[rows[0]] for key, rows in chosen.items()}
     keys = sorted(chosen)
     if labels is not None:
         keys = _labelled(keys, labels, slide_of, dropped)
+    if require_follow_up:
+        keys = _followed_up(keys, survival, slide_of, dropped)
+    if missing_slides == "error":
+        _refuse_missing(dropped)
     if genes is not None and require_genes:
         known = {case for case, has in zip(genes.case_id, genes.has_genes) if has}
         dropped += [Drop(slide_of[key].case_id, NO_GENES, slide_of[key].slide_id) for key in keys if key not in known]
@@ -204,8 +240,8 @@ def join_cohort(
     class_of = {} if labels is None else dict(zip(labels.case_id, labels.value))
     return Cohort(
         case_id=tuple(slide_of[key].case_id for key in keys),
-        slide_index=np.array([chosen[key] for key in keys], np.int32),
-        slide_id=tuple(slide_of[key].slide_id for key in keys),
+        slide_index=np.array([chosen[key][0] for key in keys], np.int32),
+        slide_id=tuple(SEPARATOR.join(manifest.slides[row].slide_id for row in chosen[key]) for key in keys),
         label=np.array([class_of.get(key, -1) for key in keys], np.int32),
         genes=None if genes is None else genes.align(keys),
         survival=None if survival is None else _align_survival(survival, keys),
@@ -213,10 +249,71 @@ def join_cohort(
         class_names=() if labels is None else labels.class_names,
         unit=unit,
         task=task,
+        slides=tuple(chosen[key] for key in keys) if slide_choice == ALL_SLIDES else (),
     )
 
 
-def _choose_slides(slides: Sequence[Any], slide_choice: str, dropped: list[Drop]) -> dict[str, int]:
+def _check_options(slide_choice: str, unit: str, missing_slides: str) -> None:
+    options = (
+        ("data.slide_choice", slide_choice, SLIDE_CHOICES),
+        ("unit", unit, UNITS),
+        ("data.missing_slides", missing_slides, MISSING_SLIDES),
+    )
+    for key, value, allowed in options:
+        if value not in allowed:
+            raise DataError(f"{key}={value!r} is unknown; choose one of {allowed}")
+    if unit == "slide" and slide_choice == ALL_SLIDES:
+        raise DataError("data.slide_choice=all joins the slides of a case, data.unit=slide parts them: choose one")
+
+
+def _all_slides(
+    slides: Sequence[Any], listed: Mapping[str, Sequence[str]], dropped: list[Drop]
+) -> dict[str, tuple[int, ...]]:
+    """case -> manifest rows of its slides, sorted by slide id; mismatches with the listed ones go to `dropped`."""
+    chosen: dict[str, list[int]] = collections.defaultdict(list)
+    wanted = {case: {slide_stem(name) for name in names} for case, names in listed.items()}
+    for row, slide in enumerate(slides):
+        if slide_stem(slide.slide_id) in wanted.get(slide.case_id, (slide_stem(slide.slide_id),)):
+            chosen[slide.case_id].append(row)
+        else:
+            dropped.append(Drop(slide.case_id, UNLISTED_SLIDE, slide.slide_id))
+    for case, rows in chosen.items():
+        found = {slide_stem(slides[row].slide_id) for row in rows}
+        absent = [name for name in listed.get(case, ()) if slide_stem(name) not in found]
+        dropped += [Drop(case, SLIDE_WITHOUT_FEATURES, name) for name in absent]
+    return {case: tuple(sorted(rows, key=lambda row: slides[row].slide_id)) for case, rows in chosen.items()}
+
+
+def slide_stem(name: str) -> str:
+    """A slide id without the extension of its file."""
+    return re.sub(r"\.(svs|ndpi|mrxs|tiff?|h5|pt)$", "", name)
+
+
+def _followed_up(
+    keys: Sequence[str], survival: SurvivalTable | None, slide_of: Mapping[str, Any], dropped: list[Drop]
+) -> list[str]:
+    """The keys with a follow-up; both sides of the mismatch go to `dropped`."""
+    if survival is None:
+        raise DataError("a survival task needs follow-up, but no survival table was given: set data.survival=FILE")
+    known = {case for case, time in zip(survival.case_id, survival.survival.time_months) if np.isfinite(time)}
+    dropped += [Drop(slide_of[key].case_id, NO_FOLLOW_UP, slide_of[key].slide_id) for key in keys if key not in known]
+    dropped += [
+        Drop(case, NO_FEATURES if case in known else NO_FOLLOW_UP) for case in survival.case_id if case not in slide_of
+    ]
+    return [key for key in keys if key in known]
+
+
+def _refuse_missing(dropped: Sequence[Drop]) -> None:
+    missing = [drop for drop in dropped if drop.reason in (NO_FEATURES, SLIDE_WITHOUT_FEATURES)]
+    if missing:
+        names = ", ".join(drop.slide_id or drop.case_id for drop in missing[:5])
+        raise DataError(
+            f"{len(missing)} cases or slides of the tables have no features in the data set (first {names}): add them, "
+            "or leave them out and count them with data.missing_slides=exclude"
+        )
+
+
+def _choose_slides(slides: Sequence[Any], slide_choice: str, dropped: list[Drop]) -> dict[str, tuple[int, ...]]:
     """case -> manifest row of the slide that stands for it; the others go to `dropped`."""
     by_case: dict[str, list[int]] = collections.defaultdict(list)
     for row, slide in enumerate(slides):
@@ -229,7 +326,7 @@ def _choose_slides(slides: Sequence[Any], slide_choice: str, dropped: list[Drop]
     chosen = {case: min(rows, key=preference) for case, rows in by_case.items()}
     for case, rows in by_case.items():
         dropped += [Drop(case, EXTRA_SLIDE, slides[row].slide_id) for row in rows if row != chosen[case]]
-    return chosen
+    return {case: (row,) for case, row in chosen.items()}
 
 
 def _labelled(keys: Sequence[str], labels: LabelTable, slide_of: Mapping[str, Any], dropped: list[Drop]) -> list[str]:

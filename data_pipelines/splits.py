@@ -15,11 +15,14 @@ import numpy as np
 import pandas as pd
 
 from data_pipelines import atomic
-from data_pipelines.cohort import Cohort
+from data_pipelines.cohort import Cohort, slide_stem
 from data_pipelines.errors import DataError
+from data_pipelines.samples import SEPARATOR
 
 _LOG = logging.getLogger(__name__)
 PARTS = ("train", "val", "test")
+CORRECTED, PUBLISHED = "corrected", "published"
+PROTOCOLS = (CORRECTED, PUBLISHED)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,6 +37,8 @@ class Split:
         then be labelled as within-patient.
       not_in_cohort: ids of a split file that the cohort does not hold.
       unassigned: sample ids of the cohort that the split file does not place.
+      val_is_test: True if the reported part is also the validation part (protocol "published"): whatever is selected
+        on it is reported on the patients it was selected on, and results must be labelled so.
     """
 
     train: np.ndarray
@@ -42,10 +47,18 @@ class Split:
     patient_overlap: bool = False
     not_in_cohort: tuple[str, ...] = ()
     unassigned: tuple[str, ...] = ()
+    val_is_test: bool = False
 
 
 def make_folds(
-    cohort: Cohort, *, n_folds: int = 5, val_fraction: float = 0.2, stratify: bool = True, seed: int = 0
+    cohort: Cohort,
+    *,
+    n_folds: int = 5,
+    val_fraction: float = 0.2,
+    stratify: bool = True,
+    seed: int = 0,
+    strata: np.ndarray | None = None,
+    protocol: str = CORRECTED,
 ) -> list[Split]:
     """Shuffled k-fold cross-validation over patients; of each remainder, `val_fraction` is validation.
 
@@ -56,8 +69,11 @@ def make_folds(
       cohort: labelled if `stratify`.
       n_folds: number of folds, at least 2.
       val_fraction: share of a fold's remainder used for validation, in [0, 1); 0.2 gives 64 / 16 / 20 with 5 folds.
-      stratify: False reproduces the published protocol.
+      stratify: False reproduces the published protocol of MKD.
       seed: of all draws.
+      strata: [n] int >= 0, what to stratify by in place of the label; groups may be smaller than the folds.
+      protocol: "corrected", or "published": nothing is held out of the training part, and the reported part is the
+        validation part as well.
 
     Returns:
       One split per fold; the test parts partition the cohort.
@@ -73,17 +89,30 @@ def make_folds(
         )
     if not 0 <= val_fraction < 1:
         raise DataError(f"val_fraction={val_fraction} must lie in [0, 1)")
-    label = cohort.labels_for(first) if stratify else np.zeros(len(patients), np.int32)
-    _check_class_sizes(label, n_folds, cohort, stratify)
+    _check_protocol(protocol)
+    label = np.zeros(len(patients), np.int32)
+    if stratify:
+        label = cohort.labels_for(first) if strata is None else np.asarray(strata)[first]
+    _check_class_sizes(label, n_folds, cohort, stratify and strata is None)
+    fraction = 0.0 if protocol == PUBLISHED else val_fraction
     dealt = _shuffled_by_class(np.arange(len(patients)), label, np.random.default_rng([seed, n_folds]))
     folds = []
     for fold in range(n_folds):
         test = dealt[fold::n_folds]
         rest = np.setdiff1d(dealt, test)
-        train, val = _draw_validation(rest, label, val_fraction, np.random.default_rng([seed, n_folds, fold]))
+        train, val = _draw_validation(rest, label, fraction, np.random.default_rng([seed, n_folds, fold]))
         folds.append(Split(*(_rows(np.isin(patient_of, part)) for part in (train, val, test))))
     check_partition(folds, cohort)
-    return folds
+    return [_validated_on_test(split) for split in folds] if protocol == PUBLISHED else folds
+
+
+def _check_protocol(protocol: str) -> None:
+    if protocol not in PROTOCOLS:
+        raise DataError(f"split.protocol={protocol!r} is unknown; choose one of {PROTOCOLS}")
+
+
+def _validated_on_test(split: Split) -> Split:
+    return dataclasses.replace(split, val=split.test, val_is_test=True)
 
 
 def _check_class_sizes(label: np.ndarray, n_folds: int, cohort: Cohort, stratify: bool) -> None:
@@ -206,12 +235,15 @@ def read_folds(
     stratify: bool = True,
     seed: int = 0,
     allow_patient_overlap: bool = False,
+    strata: np.ndarray | None = None,
+    protocol: str = CORRECTED,
 ) -> list[Split]:
     """Reads splits_K.csv files of one directory (or one such file).
 
     Three layouts: ours and the published code's (train, train_label, val, val_label, test, test_label); CLAM's
     (,train,val,test); and MCAT's / PORPOISE's (,train,val), where val is the fold that is reported: it becomes test,
-    and `val_fraction` of the train patients is drawn as validation. Ids may be case ids or slide ids (with or without
+    and `val_fraction` of the train patients is drawn as validation (0: none); or, with the protocol "published", it is
+    test and validation, as its authors used it. Ids may be case ids or slide ids (with or without
     extension); a case id stands for all samples of that case.
 
     Args:
@@ -221,6 +253,8 @@ def read_folds(
       stratify: stratify that draw.
       seed: of that draw.
       allow_patient_overlap: accept a patient in two parts; the splits are then marked.
+      strata: [n] int, what to stratify that draw by in place of the label.
+      protocol: "corrected" or "published"; files with a test column are read the same in both.
 
     Returns:
       One split per file, in the order of K. Ids unknown to the cohort and samples without a place are listed in the
@@ -230,6 +264,7 @@ def read_folds(
       DataError: no files, bad columns, an id in two parts, a label that contradicts the cohort, or an empty part.
     """
     path = pathlib.Path(path)
+    _check_protocol(protocol)
     numbered = {}
     for file in [path] if path.is_file() else path.glob("*.csv"):
         match = re.fullmatch(r"(?:splits|fold)_?(\d+)\.csv", file.name)
@@ -240,11 +275,21 @@ def read_folds(
     folds = []
     for number in sorted(numbered):
         parts, missing = _read_parts(numbered[number], cohort)
+        published = "test" not in parts and protocol == PUBLISHED
         if "test" not in parts:
             rng = np.random.default_rng([seed, number])
-            parts = _with_inner_validation(parts, cohort, val_fraction, stratify, rng)
-        folds.append(_finish_split(parts, missing, cohort, allow_patient_overlap, numbered[number]))
+            label = _stratifying(cohort, stratify, strata)
+            parts = _with_inner_validation(parts, cohort, 0.0 if published else val_fraction, label, rng)
+        split = _finish_split(parts, missing, cohort, allow_patient_overlap, numbered[number])
+        folds.append(_validated_on_test(split) if published else split)
     return folds
+
+
+def _stratifying(cohort: Cohort, stratify: bool, strata: np.ndarray | None) -> np.ndarray:
+    """[n] int groups that keep their shares in a draw."""
+    if not stratify:
+        return np.zeros(len(cohort), np.int32)
+    return cohort.labels_for(np.arange(len(cohort))) if strata is None else np.asarray(strata)
 
 
 def _finish_split(
@@ -267,15 +312,12 @@ def _finish_split(
 
 
 def _with_inner_validation(
-    parts: dict[str, np.ndarray], cohort: Cohort, fraction: float, stratify: bool, rng: np.random.Generator
+    parts: dict[str, np.ndarray], cohort: Cohort, fraction: float, label: np.ndarray, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
     """Two-column layout: the reported fold becomes test; validation patients are drawn from train."""
     case = np.array(cohort.case_id)
     patients, first = np.unique(case[parts["train"]], return_index=True)
-    label = np.zeros(len(patients), np.int32)
-    if stratify:
-        label = cohort.labels_for(parts["train"][first])
-    _, val = _draw_validation(np.arange(len(patients)), label, fraction, rng)
+    _, val = _draw_validation(np.arange(len(patients)), label[parts["train"][first]], fraction, rng)
     held_out = np.isin(case[parts["train"]], patients[val])
     return {"train": parts["train"][~held_out], "val": parts["train"][held_out], "test": parts["val"]}
 
@@ -308,8 +350,9 @@ def _read_parts(file: pathlib.Path, cohort: Cohort) -> tuple[dict[str, np.ndarra
 
 def _lookup(cohort: Cohort) -> dict[str, list[int]]:
     rows_of: dict[str, list[int]] = {}
-    for row, (case, slide) in enumerate(zip(cohort.case_id, cohort.slide_id)):
-        for item in {case, slide, re.sub(r"\.(svs|ndpi|mrxs|tiff?|h5|pt)$", "", slide)}:
+    for row, (case, joined) in enumerate(zip(cohort.case_id, cohort.slide_id)):
+        slides = joined.split(SEPARATOR) if cohort.slides else [joined]
+        for item in {case, *slides, *map(slide_stem, slides)}:
             rows_of.setdefault(item, []).append(row)
     return rows_of
 

@@ -1,4 +1,4 @@
-"""Reads labels, genes, survival and gene rankings from CSV and npz files; bad cells are errors that name them."""
+"""Reads labels, genes and gene rankings from CSV and npz files; bad cells are errors that name them."""
 
 from __future__ import annotations
 
@@ -6,29 +6,25 @@ import dataclasses
 import io
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 
 from data_pipelines import atomic
 from data_pipelines.errors import DataError
+from data_pipelines.follow_up import FollowUpColumns, Survival, SurvivalTable, read_survival
 from data_pipelines.genes import GeneTable
+from data_pipelines.table_text import BLANK, check_case_ids, listed, read_text, require
+
+__all__ = ["FollowUpColumns", "LabelTable", "Survival", "SurvivalTable", "read_gene_table", "read_labels"]
+__all__ += ["read_ranking_table", "read_survival", "write_gene_table"]
 
 HER2_POLICIES = ("drop", "negative", "fish_resolved")
 UNAVAILABLE, EQUIVOCAL = "label not available", "label equivocal"
-_BLANK = {"", "na", "n/a", "nan", "not available", "not evaluated"}
 _POSITIVE, _NEGATIVE = {"positive", "pos", "+"}, {"negative", "neg", "-"}
 _EQUIVOCAL = {"equivocal", "indeterminate"}
 _NOT_GENES = {"case_id", "slide_id", "survival_months", "time_months", "censorship", "event", "train", "site"}
-
-
-class Survival(NamedTuple):
-    """Follow-up of n cases: time_months [n] float64 (NaN = unknown) and event [n] bool (True = death observed)."""
-
-    time_months: np.ndarray
-    event: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,34 +42,6 @@ class LabelTable:
     value: np.ndarray
     class_names: tuple[str, ...]
     missing: Mapping[str, str]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class SurvivalTable:
-    """Follow-up keyed by case: case_id (n, unique) and `survival` aligned to it."""
-
-    case_id: tuple[str, ...]
-    survival: Survival
-
-
-def _read_text(path: str | os.PathLike, columns: Sequence[str] = ()) -> pd.DataFrame:
-    """The CSV with every cell as stripped text; checks that `columns` exist."""
-    table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    table.columns = table.columns.str.strip()
-    _require(table, columns, path)
-    table = table[list(columns)] if columns else table
-    return table.apply(lambda column: column.str.strip())
-
-
-def _listed(names: Sequence[str]) -> str:
-    names = list(names)
-    return f"{names[:12]}" + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-
-
-def _check_case_ids(case_id: Sequence[str], path: str | os.PathLike) -> None:
-    for row, case in enumerate(case_id):
-        if not isinstance(case, str) or not case:
-            raise DataError(f"{path}, line {row + 2}: case_id is empty; every row needs the id of its case")
 
 
 def read_labels(
@@ -103,9 +71,9 @@ def read_labels(
     """
     if her2_equivocal not in HER2_POLICIES:
         raise DataError(f"labels.her2_equivocal={her2_equivocal!r} is unknown; choose one of {HER2_POLICIES}")
-    table = _read_text(path)
-    _require(table, ("case_id", task), path)
-    _check_case_ids(table["case_id"], path)
+    table = read_text(path)
+    require(table, ("case_id", task), path)
+    check_case_ids(table["case_id"], path)
     policy = her2_equivocal if task.casefold().startswith("her2") else "drop"
     fish = table[f"{task}_FISH"] if f"{task}_FISH" in table else None
     values, seen_at, missing = {}, {}, {}
@@ -133,22 +101,16 @@ def read_labels(
     )
 
 
-def _require(table: pd.DataFrame, columns: Sequence[str], path: str | os.PathLike) -> None:
-    for name in columns:
-        if name not in table.columns:
-            raise DataError(f"{path}: no column {name!r}; the file has {_listed(table.columns)}")
-
-
 def _parse_label(text: str, label_map: Mapping[str, int] | None, where: str) -> int | str:
     """A class index, or the reason why there is none."""
     word = text.casefold().strip("[]")
     if label_map is not None:
         if text in label_map:
             return int(label_map[text])
-        if word in _BLANK:
+        if word in BLANK:
             return UNAVAILABLE
         raise DataError(f"{where}: {text!r} is not in the label map, which knows {sorted(label_map)}")
-    if word in _BLANK:
+    if word in BLANK:
         return UNAVAILABLE
     if word in _EQUIVOCAL:
         return EQUIVOCAL
@@ -189,51 +151,6 @@ def _class_names(seen: set[int], label_map: Mapping[str, int] | None, textual: b
     return tuple(names)
 
 
-def read_survival(path: str | os.PathLike) -> SurvivalTable:
-    """Overall survival from case_id,time_months,event or from an MCAT / PORPOISE table.
-
-    The latter has survival_months and censorship with 1 = censored, so event = 1 - censorship, and one row per slide;
-    rows of a case must agree.
-
-    Args:
-      path: CSV file, plain, zipped or gzipped.
-
-    Returns:
-      Months and events per case; blank cells give time NaN, event False.
-
-    Raises:
-      DataError: missing columns, bad cells or conflicting rows; names file, line and field.
-    """
-    header = [name.strip() for name in pd.read_csv(path, nrows=0, encoding="utf-8-sig").columns]
-    flipped = "event" not in header
-    columns = ("survival_months", "censorship") if flipped else ("time_months", "event")
-    table = _read_text(path, ("case_id", *columns))
-    _check_case_ids(table["case_id"], path)
-    known: dict[str, tuple[float, bool]] = {}
-    for row, cells in enumerate(table.itertuples(index=False, name=None)):
-        entry = _parse_survival(cells[1:], columns, flipped, f"{path}, line {row + 2}")
-        first = known.setdefault(cells[0], entry)
-        if first != entry and not (np.isnan(first[0]) and np.isnan(entry[0])):
-            raise DataError(
-                f"{path}, line {row + 2}: case {cells[0]!r} has (months, event) {entry} here but {first} earlier; "
-                f"a case needs one follow-up"
-            )
-    times, events = zip(*known.values()) if known else ((), ())
-    return SurvivalTable(tuple(known), Survival(np.array(times, np.float64), np.array(events, bool)))
-
-
-def _parse_survival(cells: Sequence[str], columns: Sequence[str], flipped: bool, where: str) -> tuple[float, bool]:
-    if any(cell.casefold() in _BLANK for cell in cells):
-        return np.nan, False
-    numbers = pd.to_numeric(pd.Series(cells), errors="coerce").to_numpy(np.float64)
-    months, status = numbers
-    if not (np.isfinite(months) and months >= 0):
-        raise DataError(f"{where}, column {columns[0]!r}: {cells[0]!r} is no follow-up in months (a number >= 0)")
-    if status not in (0, 1):
-        raise DataError(f"{where}, column {columns[1]!r}: {cells[1]!r} must be 0 or 1")
-    return float(months), bool(status) != flipped
-
-
 def read_gene_table(path: str | os.PathLike, *, suffix: str | None = None) -> GeneTable:
     """Expression from genes.npz, from a CSV (case_id + one column per gene), or from an MCAT / PORPOISE table.
 
@@ -258,9 +175,9 @@ def read_gene_table(path: str | os.PathLike, *, suffix: str | None = None) -> Ge
             case_id, gene = ([str(item) for item in stored[name]] for name in ("case_id", "gene"))
             return GeneTable(tuple(case_id), tuple(gene), stored["values"].astype(np.float32))
     table = pd.read_csv(path, encoding="utf-8-sig", low_memory=False, dtype={"case_id": str})
-    _require(table, ("case_id",), path)
+    require(table, ("case_id",), path)
     table["case_id"] = table["case_id"].str.strip()
-    _check_case_ids(table["case_id"], path)
+    check_case_ids(table["case_id"], path)
     columns = _gene_columns(list(table.columns), suffix, path)
     values = np.column_stack([_numeric(table[name], path) for name in columns])
     keep = ~table["case_id"].duplicated().to_numpy()
@@ -280,7 +197,7 @@ def _gene_columns(columns: list[str], suffix: str | None, path: str | os.PathLik
     if not found:
         others = {end: sum(name.endswith(end) for name in columns) for end in ("_rnaseq", "_cnv", "_mut")}
         raise DataError(
-            f"{path}: no gene column {'*' + (suffix or '_rnaseq')!r} among {_listed(columns)}; by suffix there are "
+            f"{path}: no gene column {'*' + (suffix or '_rnaseq')!r} among {listed(columns)}; by suffix there are "
             f"{others}: pass suffix= to read another kind"
         )
     return found
@@ -329,7 +246,7 @@ def read_ranking_table(path: str | os.PathLike) -> dict[str, float]:
     Raises:
       DataError: missing columns, a p outside [0, 1], or a gene twice; names file, line and value.
     """
-    table = _read_text(path, ("gene", "p"))
+    table = read_text(path, ("gene", "p"))
     ranking: dict[str, float] = {}
     for row, (gene, text) in enumerate(table.itertuples(index=False, name=None)):
         p = pd.to_numeric(text, errors="coerce")

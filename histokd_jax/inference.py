@@ -14,17 +14,19 @@ from absl import logging
 from tqdm import tqdm
 
 from data_pipelines import packing, schema
+from data_pipelines.assembler import Reader
 from data_pipelines.atomic import storage_errors
-from data_pipelines.cohort import Cohort, build_cohort
+from data_pipelines.cohort import ALL_SLIDES, Cohort
 from data_pipelines.genes import GeneTable
 from data_pipelines.manifest import Manifest
 from data_pipelines.pipeline import SlideTable, StepSource, make_eval_dataset
 from data_pipelines.reader import BagReader
-from histokd_jax.evals.predictions import Predictions, concatenate
-from histokd_jax.train import evaluate, model_dir, sharding
-from histokd_jax.train.experiment import CNV, check_width, read_copy_number
+from histokd_jax.tasks import Table, Tables, get_task
+from histokd_jax.train import evaluate, gene_choice, model_dir, sharding
+from histokd_jax.train.experiment import check_width
 from histokd_jax.train.feed import StreamFeeder
 from histokd_jax.train.model_dir import Model
+from histokd_jax.utils import config as config_utils
 
 
 def model_folders(path: pathlib.Path) -> list[pathlib.Path]:
@@ -45,22 +47,28 @@ def default_mode(folder: pathlib.Path) -> str:
     return json.loads((folder / model_dir.MODEL_FILE).read_text())["config"]["infer"]["mode"]
 
 
+def write_table(folder: pathlib.Path, path: pathlib.Path, table: Table) -> None:
+    """Writes predictions of a model in the schema of its task."""
+    facts = json.loads((folder / model_dir.MODEL_FILE).read_text())
+    get_task(config_utils.from_json(json.dumps(facts["config"]))).write_table(path, table)
+
+
 def open_cohort(
     data: pathlib.Path, model: Model, mode: str, *, labels: str = "", genes: str = "", cnv: str = "", task: str = ""
-) -> tuple[BagReader, Cohort, dict[str, GeneTable]]:
+) -> tuple[Reader, Cohort, dict[str, GeneTable]]:
     """Joins a data set with only the tables that a mode needs.
 
     Args:
       data: data set directory.
       model: the model that will read it.
       mode: inference mode.
-      labels: label table; empty: none, all labels unknown.
+      labels: table of the answers (class labels, or follow-up of a survival task); empty: none, all unknown.
       genes: gene table; empty: tables/genes.npz of the data set. Read only if the mode needs genes.
       cnv: copy-number table, for modes of two-stream variants that need it.
       task: label column; empty: the model's.
 
     Returns:
-      Reader, cohort, and the gene tables by batch field.
+      Reader of the samples' bags, cohort, and the gene tables by batch field.
 
     Raises:
       ValueError: another patch width, missing genes or tables that do not join.
@@ -72,40 +80,42 @@ def open_cohort(
         genes_path = pathlib.Path(genes) if genes else pathlib.Path(data) / "tables" / "genes.npz"
         if not genes_path.exists():
             raise ValueError(f"mode {mode!r} needs genes, but there is no {genes_path.name}: give --genes FILE")
-    cohort = build_cohort(
+    # Without tables every slide is predicted; tables keyed by case take the slides of a case as in training.
+    by_case = labels or genes_path or model.cfg.data.slide_choice == ALL_SLIDES
+    answers = {model.task.answers: pathlib.Path(labels)} if labels else {}
+    cohort = model.task.open_cohort(
         manifest,
-        labels_path=labels or None,
+        model.cfg,
+        Tables(genes=genes_path, **answers),
         task=(task or model.cfg.task) if labels else None,
-        genes_path=genes_path,
-        # Without tables every slide is predicted; tables keyed by case take one slide per case, as in training.
-        unit=model.cfg.data.unit if labels or genes_path else "slide",
-        slide_choice=model.cfg.data.slide_choice,
+        unit=model.cfg.data.unit if by_case else "slide",
+        read_genes=lambda path: gene_choice.read_table(model.cfg, path),
     )
     if labels and list(cohort.class_names) != model.class_names:
         raise ValueError(f"{labels} has classes {list(cohort.class_names)}, the model {model.class_names}")
     tables = {} if cohort.genes is None else {schema.GENES: cohort.genes}
-    if CNV in model.method.mode(mode).fields:
-        tables[CNV] = read_copy_number(cnv, cohort)
-    return BagReader(manifest), cohort, tables
+    if gene_choice.CNV in model.method.mode(mode).fields:
+        tables[gene_choice.CNV] = gene_choice.read_copy_number(cnv, cohort)
+    return cohort.open_bags(BagReader(manifest)), cohort, tables
 
 
 def _source(
-    reader: BagReader, cohort: Cohort, tables: Mapping[str, GeneTable], model: Model, with_coords: bool = False
+    reader: Reader, cohort: Cohort, tables: Mapping[str, GeneTable], model: Model, with_coords: bool = False
 ) -> StepSource:
     fields: dict[str, Any] = {field: s.apply_table(tables[field]) for field, s in model.selections.items()}
     if fields:
         fields[schema.HAS_GENES] = cohort.has_genes
     plan = packing.plan_evaluation(
-        reader.manifest.sizes[cohort.slide_index],
+        reader.manifest.sizes[cohort.bag_index],
         target_capacity=16 * model.cfg.data.chunk,
         num_slots=model.cfg.eval.slots,
         multiple_of=model.cfg.data.row_multiple,
     )
-    table = SlideTable(cohort.slide_index, fields)
+    table = SlideTable(cohort.bag_index, fields)
     return StepSource(reader, table, plan, dtype=reader.manifest.dtype, with_coords=with_coords)
 
 
-def predict(folders: Sequence[pathlib.Path], data: pathlib.Path, mode: str, **tables: str) -> Predictions:
+def predict(folders: Sequence[pathlib.Path], data: pathlib.Path, mode: str, **tables: str) -> Table:
     """Predictions of every model on every slide of a data set (the fold column tells the models apart).
 
     Args:
@@ -134,9 +144,10 @@ def predict(folders: Sequence[pathlib.Path], data: pathlib.Path, mode: str, **ta
             return tqdm(batches, desc=f"{mode}, {name}", unit="step", disable=None)
 
         source = _source(reader, cohort, genes, model)
-        probs = evaluate.predict_source(step, source, feeder, progress=bar)
-        parts.append(evaluate.as_table(probs, source.table.slide_index, cohort, model.facts["fold"]))
-    return concatenate(parts)
+        task, bags = model.task, source.table.slide_index
+        found = evaluate.predict_source(step, source, feeder, task.outputs, progress=bar)
+        parts.append(evaluate.as_table(task, found, bags, cohort, task.targets(cohort), model.facts["fold"]))
+    return task.concatenate(parts)
 
 
 def _drop_text(cohort: Cohort) -> str:
@@ -163,26 +174,37 @@ def export_attention(folder: pathlib.Path, data: pathlib.Path, mode: str, out: p
     run = jax.jit(lambda batch: model.method.attention(model.params, {}, model.extra, batch, mode))
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    files = []
+    files, slides = [], _slides_of(cohort, Manifest.load(data))
     for batch in tqdm(make_eval_dataset(source, num_threads=2), desc="attention", unit="step", disable=None):
         weights = np.asarray(run(sharding.put_batch(mesh, batch)))
-        files += _write_step(batch, weights, reader.manifest, out)
+        files += _write_step(batch, weights, slides, out)
     return sorted(files)
 
 
+def _slides_of(cohort: Cohort, manifest: Manifest) -> dict[int, list[tuple[str, int]]]:
+    """Bag -> (slide id, patches) of its slides, in the order in which they are read."""
+    members = cohort.slides or [(row,) for row in cohort.slide_index]
+    found = [[(manifest.slides[row].slide_id, manifest.slides[row].n_patches) for row in rows] for rows in members]
+    return dict(zip(cohort.bag_index.tolist(), found))
+
+
 def _write_step(
-    batch: Mapping[str, np.ndarray], weights: np.ndarray, manifest: Manifest, out: pathlib.Path
+    batch: Mapping[str, np.ndarray],
+    weights: np.ndarray,
+    slides: Mapping[int, Sequence[tuple[str, int]]],
+    out: pathlib.Path,
 ) -> list[pathlib.Path]:
     segments, coords = batch[schema.SEGMENT_IDS].reshape(-1), batch[schema.COORDS].reshape(-1, 2)
     weights = weights.reshape(-1)
     files = []
     for slot in np.flatnonzero(batch[schema.SLIDE_INDEX] >= 0):
-        slide = manifest.slides[int(batch[schema.SLIDE_INDEX][slot])]
         mine = np.flatnonzero(segments == slot + 1)
-        path = out / f"{slide.slide_id}.csv"
-        with storage_errors(path), path.open("w", newline="") as stream:
-            rows = csv.writer(stream)
-            rows.writerow(("x", "y", "attention"))
-            rows.writerows((int(coords[i, 0]), int(coords[i, 1]), float(weights[i])) for i in mine)
-        files.append(path)
+        for slide_id, size in slides[int(batch[schema.SLIDE_INDEX][slot])]:
+            own, mine = mine[:size], mine[size:]
+            path = out / f"{slide_id}.csv"
+            with storage_errors(path), path.open("w", newline="") as stream:
+                rows = csv.writer(stream)
+                rows.writerow(("x", "y", "attention"))
+                rows.writerows((int(coords[i, 0]), int(coords[i, 1]), float(weights[i])) for i in own)
+            files.append(path)
     return files

@@ -41,7 +41,12 @@ def load(folder: pathlib.Path, name: str, case: str = "default"):
 
 def key_table(folder: pathlib.Path, name: str):
     """Rows of NAME_keys.tsv: dicts of key, shape, stream, first_value, sum, used_in_forward."""
-    with open(folder / f"{name}_keys.tsv", newline="") as f:
+    return key_table_file(folder / f"{name}_keys.tsv")
+
+
+def key_table_file(path: pathlib.Path):
+    """As `key_table`, of any file."""
+    with open(path, newline="") as f:
         rows = list(csv.DictReader(f, delimiter="\t"))
     for row in rows:
         row["shape"] = tuple(int(n) for n in row["shape"].split(","))

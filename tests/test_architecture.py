@@ -22,15 +22,18 @@ LAYERS = {
     },
     "histokd_jax.utils": {"histokd_jax.utils"},
     "histokd_jax.evals": {"histokd_jax.evals", "data_pipelines"},
+    "histokd_jax.tasks": {"histokd_jax.tasks", "histokd_jax.evals", "histokd_jax.types", "data_pipelines"},
     "histokd_jax.report": {"histokd_jax.report", "histokd_jax.evals", "data_pipelines"},
     "histokd_jax.train": {
         *("histokd_jax.train", "histokd_jax.methods.registry", "histokd_jax.evals", "histokd_jax.utils"),
-        *("histokd_jax.types", "histokd_jax.ops", "data_pipelines"),
+        *("histokd_jax.types", "histokd_jax.ops", "histokd_jax.tasks", "data_pipelines"),
     },
-    "histokd_jax.inference": {"histokd_jax.train", "histokd_jax.evals", "data_pipelines"},
+    "histokd_jax.inference": {
+        *("histokd_jax.train", "histokd_jax.tasks", "histokd_jax.evals", "histokd_jax.utils", "data_pipelines"),
+    },
     "histokd_jax.cli": {
         *("histokd_jax.cli", "histokd_jax.train", "histokd_jax.evals", "histokd_jax.report", "histokd_jax.utils"),
-        *("histokd_jax.inference", "data_pipelines"),
+        *("histokd_jax.inference", "histokd_jax.tasks", "data_pipelines"),
     },
     "configs": {"configs"},
 }

@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `histokd evaluate`."""
     parser.add_argument("--workdir", type=pathlib.Path, required=True, metavar="RUN", help="run directory")
     parser.add_argument("--data", type=pathlib.Path, metavar="DATASET", help="external data set")
-    parser.add_argument("--labels", default="", metavar="FILE", help="its labels; default: tables/labels.csv")
+    parser.add_argument(
+        "--labels", default="", metavar="FILE", help="its labels or follow-up; default: tables/{labels,survival}.csv"
+    )
     parser.add_argument("--task", default="", help="label column; default: the task of the run")
     parser.add_argument("--mode", default="", help="pathology, both or genomics; default: infer.mode of the model")
     parser.add_argument("--genes", default="", metavar="FILE", help="its genes, if the mode needs them")
@@ -31,20 +33,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Writes summary.json and prints the table."""
     from histokd_jax.evals import summary as summaries
-    from histokd_jax.evals.predictions import read_predictions, write_predictions
+    from histokd_jax.tasks import get_task
+    from histokd_jax.utils import config
 
+    facts = _facts(args.workdir)
+    cfg = config.from_json((args.workdir / "config.json").read_text())
+    task = get_task(cfg)
     if args.data is None:
-        table, out = read_predictions(args.workdir / "predictions_test.csv"), args.workdir
-        facts = _facts(args.workdir)
+        table, out = task.read_table(args.workdir / "predictions_test.csv"), args.workdir
     else:
-        table, facts = _external(args)
+        table, facts = _external(args, task, facts)
         out = args.out or args.workdir / "external"
         out.mkdir(parents=True, exist_ok=True)
-        write_predictions(out / "predictions_test.csv", table)
-    summary = summaries.summarise(
-        table, num_classes=table.num_classes, facts=facts, **_resampling(args.workdir, args.bootstrap)
-    )
-    print(summaries.print_table(summary))
+        task.write_table(out / "predictions_test.csv", table)
+    reference = task.read_reference(args.workdir, table.folds)
+    summary = task.summarise(table, reference, facts, _resampling(cfg, args.bootstrap))
+    print(task.print_table(summary))
     print(f"summary: {summaries.write_summary(out / 'summary.json', summary)}")
     return 0
 
@@ -52,31 +56,33 @@ def run(args: argparse.Namespace) -> int:
 def _facts(workdir: pathlib.Path) -> dict:
     import json
 
+    from histokd_jax.tasks import get_task
+    from histokd_jax.train.run import summary_facts
+    from histokd_jax.utils import config
+
     path = workdir / "run_manifest.json"
     if not path.is_file():
         raise ValueError(f"{workdir} is no run directory: run_manifest.json is missing")
-    manifest = json.loads(path.read_text())
-    return {key: manifest[key] for key in ("task", "method", "simulated", "patient_overlap", "dataset", "seed")}
+    task = get_task(config.from_json((workdir / "config.json").read_text()))
+    return summary_facts(task, json.loads(path.read_text()))
 
 
-def _resampling(workdir: pathlib.Path, bootstrap: int | None) -> dict:
+def _resampling(cfg, bootstrap: int | None) -> dict:
     from histokd_jax.train.run import resampling
-    from histokd_jax.utils import config
 
-    options = resampling(config.from_json((workdir / "config.json").read_text()))
+    options = resampling(cfg)
     return options if bootstrap is None else {**options, "bootstrap": bootstrap}
 
 
-def _external(args: argparse.Namespace):
+def _external(args: argparse.Namespace, task, facts: dict):
     from data_pipelines.manifest import Manifest
     from histokd_jax import inference
 
-    labels = args.labels or str(args.data / "tables" / "labels.csv")
+    labels = args.labels or str(args.data / "tables" / f"{task.answers}.csv")
     folders = inference.model_folders(args.workdir)
     mode = args.mode or inference.default_mode(folders[0])
     table = inference.predict(folders, args.data, mode, labels=labels, genes=args.genes, cnv=args.cnv, task=args.task)
     manifest = Manifest.load(args.data)
-    facts = _facts(args.workdir)
     return table, {
         **facts,
         "task": args.task or facts["task"],

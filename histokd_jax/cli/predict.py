@@ -29,12 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Writes the predictions."""
     from histokd_jax import inference
-    from histokd_jax.evals.predictions import write_predictions
 
     folders = inference.model_folders(args.model)
     mode = args.mode or inference.default_mode(folders[0])
     table = inference.predict(folders, args.data, mode, genes=args.genes, cnv=args.cnv)
-    write_predictions(args.out, table)
+    inference.write_table(folders[0], args.out, table)
     print(f"{len(set(table.slide_id))} slides x {len(folders)} models: {args.out}")
     if args.attention:
         files = inference.export_attention(folders[0], args.data, mode, args.attention)

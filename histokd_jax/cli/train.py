@@ -51,14 +51,14 @@ def run(args: argparse.Namespace) -> int:
 
 def train_and_report(cfg, workdir: pathlib.Path, command: list[str], *, report: bool = True) -> None:
     """Shared by `train` and `demo`."""
-    from histokd_jax.evals.summary import print_table
+    from histokd_jax.tasks import get_task
     from histokd_jax.train import cache, distributed, run
 
     cache.enable()
     summary = run.train(cfg, workdir, command)
     if not distributed.is_main():
         return
-    print(print_table(summary))
+    print(get_task(cfg).print_table(summary))
     if report:
         from histokd_jax.report.build import build_report
 

@@ -10,9 +10,10 @@ would be too narrow and is not given.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,47 @@ from histokd_jax.evals.predictions import Predictions, atomic_writer
 
 Runs = Mapping[tuple[int, int], Predictions]
 """(seed, fold) -> predictions of all modes on the test part of that fold."""
-METRICS = ("auroc", "average_precision", "balanced_accuracy")
 HOW = (
     "estimate: mean over (seed, fold) pairs; interval: 95 % percentile bootstrap, patients resampled within folds, the "
     "same draws for every setting and seed; difference: setting - reference on the pairs that both have; t over seeds: "
     "95 % Student-t interval of one difference per seed"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """The metrics that a table compares.
+
+    Attributes:
+      names: metric names.
+      labels: name -> what readers see; may hold more.
+      lower_is_better: names of errors.
+      values: (table, [B, n] multiplicities of its rows) -> {name: (value, [B] resampled values)}; may hold more.
+      answers: table -> [n] what is known of each row (hashable), equal in all settings.
+      classes: table -> [n] int; a resample of a fold that lacks one of them is drawn again.
+    """
+
+    names: tuple[str, ...]
+    labels: Mapping[str, str]
+    lower_is_better: frozenset[str]
+    values: Callable[[Any, np.ndarray], Mapping[str, tuple[float, np.ndarray]]]
+    answers: Callable[[Any], Sequence[Any]]
+    classes: Callable[[Any], np.ndarray]
+
+
+def _class_values(table: Predictions, weights: np.ndarray) -> dict[str, tuple[float, np.ndarray]]:
+    value = classification_metrics(table.label, table.probs)
+    resampled = classification_metrics(table.label, table.probs, weights)
+    return {name: (float(value[name]), resampled[name]) for name in value}
+
+
+CLASSIFICATION = Measure(
+    names=("auroc", "average_precision", "balanced_accuracy"),
+    labels=summary.LABELS,
+    lower_is_better=LOWER_IS_BETTER,
+    values=_class_values,
+    answers=lambda table: table.label.tolist(),
+    classes=lambda table: table.label,
 )
 
 
@@ -39,7 +76,7 @@ def ablation_table(
     bootstrap: int = 2000,
     seed: int = 0,
     unit: str = "patient",
-    metrics: Sequence[str] = METRICS,
+    measure: Measure = CLASSIFICATION,
 ) -> dict[str, Any]:
     """Compares settings that were trained on the same folds.
 
@@ -49,7 +86,7 @@ def ablation_table(
       bootstrap: resamples.
       seed: seed of the resampling.
       unit: "patient" or "slide", see `summary.summarise`.
-      metrics: names of `classification_metrics`.
+      measure: what is compared.
 
     Returns:
       {"reference", "how", "bootstrap", "unit", "rows": [{"setting", "mode", "metric", "pairs", "seeds", "mean",
@@ -68,35 +105,41 @@ def ablation_table(
             for name, found in runs.items()
         }
         own = {name: found for name, found in own.items() if found}
-        rows += _mode_rows(own, reference, mode, bootstrap, seed, unit, metrics)
+        rows += _mode_rows(own, reference, mode, bootstrap, seed, unit, measure)
     order = {name: place for place, name in enumerate(runs)}
-    rows.sort(key=lambda row: (modes.index(row["mode"]), metrics.index(row["metric"]), order[row["setting"]]))
+    rows.sort(key=lambda row: (modes.index(row["mode"]), measure.names.index(row["metric"]), order[row["setting"]]))
     facts = {"reference": reference, "how": HOW, "bootstrap": bootstrap, "unit": unit}
     return summary.to_json({**facts, "rows": rows})
 
 
-def write_table(directory: pathlib.Path, table: Mapping[str, Any], facts: Mapping[str, Any]) -> list[pathlib.Path]:
+def write_table(
+    directory: pathlib.Path,
+    table: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    labels: Mapping[str, str] = summary.LABELS,
+) -> list[pathlib.Path]:
     """Writes table.json (with `facts`), table.csv and table.md; returns their paths."""
     paths = [directory / f"table.{kind}" for kind in ("json", "csv", "md")]
     summary.write_summary(paths[0], {**facts, **table})
     with atomic_writer(paths[1]) as stream:
         _write_csv(stream, table)
     with atomic_writer(paths[2]) as stream:
-        stream.write(markdown(table, facts))
+        stream.write(markdown(table, facts, labels))
     return paths
 
 
-def markdown(table: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+def markdown(table: Mapping[str, Any], facts: Mapping[str, Any], labels: Mapping[str, str] = summary.LABELS) -> str:
     """The table for readers: one section per mode and metric, then what failed.
 
     Args:
       table: from `ablation_table`.
       facts: "title", "marks" (what must be said about the data), "failed" (name -> why), all optional.
+      labels: metric -> name for readers.
     """
     marks = "".join(f" ({mark})" for mark in facts.get("marks", ()))
     lines = [f"# {facts.get('title', 'Ablations')}{marks}", "", f"{table['how']}. Reference: {table['reference']}.", ""]
     for mode, metric in dict.fromkeys((row["mode"], row["metric"]) for row in table["rows"]):
-        lines += [f"## {summary.LABELS[metric]}, mode {mode}", ""]
+        lines += [f"## {labels[metric]}, mode {mode}", ""]
         lines += ["| setting | runs | mean [95 % CI] | difference [95 % CI] | t over seeds | reading |"]
         lines += ["|---|---|---|---|---|---|"]
         lines += [_line(row) for row in table["rows"] if (row["mode"], row["metric"]) == (mode, metric)]
@@ -141,18 +184,19 @@ def _tables(runs: Mapping[str, Runs]) -> list[Predictions]:
     return [table for found in runs.values() for table in found.values()]
 
 
-def _mode_rows(runs, reference, mode, bootstrap, seed, unit, metrics) -> list[dict[str, Any]]:
-    weights, reason = _weights(_fold_rows(runs, mode), bootstrap, seed, unit)
+def _mode_rows(runs, reference, mode, bootstrap, seed, unit, measure) -> list[dict[str, Any]]:
+    weights, reason = _weights(_fold_rows(runs, mode, measure), bootstrap, seed, unit, measure)
     values = {
-        name: {pair: _fold_values(t, weights[pair[1]]) for pair, t in found.items()} for name, found in runs.items()
+        name: {pair: measure.values(t, weights[pair[1]]) for pair, t in found.items()} for name, found in runs.items()
     }
     rows = []
     for name, own in values.items():
-        for metric in metrics:
+        for metric in measure.names:
             row = {"setting": name, "mode": mode, "metric": metric, "seeds": len({s for s, _ in own})}
             row |= _estimate(own, metric, reason)
             compared = name != reference and reference in values
-            row |= _difference(own, values[reference], metric, reason) if compared else _NOTHING
+            lower = metric in measure.lower_is_better
+            row |= _difference(own, values[reference], metric, reason, lower) if compared else _NOTHING
             if name != reference and not compared:
                 row["reason"] = "the reference has no such mode"
             rows.append(row)
@@ -162,13 +206,13 @@ def _mode_rows(runs, reference, mode, bootstrap, seed, unit, metrics) -> list[di
 _NOTHING = {"difference": None, "difference_ci": [None, None], "seeds_t": None, "verdict": None}
 
 
-def _fold_rows(runs: Mapping[str, Runs], mode: str) -> dict[int, Predictions]:
+def _fold_rows(runs: Mapping[str, Runs], mode: str, measure: Measure) -> dict[int, Predictions]:
     """fold -> its rows, checked to be the same slides and labels in every setting and seed."""
     rows: dict[int, Predictions] = {}
     for name, found in runs.items():
         for (seed, fold), table in found.items():
             first = rows.setdefault(fold, table)
-            if _keys(first) != _keys(table):
+            if _keys(first, measure) != _keys(table, measure):
                 raise ValueError(
                     f"setting {name}, seed {seed}, fold {fold}, mode {mode}: other slides or labels than the rest of "
                     "the sweep; a paired comparison needs the same test part"
@@ -176,27 +220,20 @@ def _fold_rows(runs: Mapping[str, Runs], mode: str) -> dict[int, Predictions]:
     return rows
 
 
-def _keys(table: Predictions) -> list[tuple]:
-    return list(zip(table.case_id.tolist(), table.slide_id.tolist(), table.label.tolist(), strict=True))
+def _keys(table: Predictions, measure: Measure) -> list[tuple]:
+    return list(zip(table.case_id.tolist(), table.slide_id.tolist(), measure.answers(table), strict=True))
 
 
 def _weights(
-    rows: Mapping[int, Predictions], resamples: int, seed: int, unit: str
+    rows: Mapping[int, Predictions], resamples: int, seed: int, unit: str, measure: Measure
 ) -> tuple[dict[int, np.ndarray], str]:
     """fold -> [B, n] multiplicities of its rows, and why there are no intervals, if so."""
     folds = sorted(rows)
     ids = np.concatenate([rows[k].case_id if unit == "patient" else rows[k].slide_id for k in folds])
     fold = np.concatenate([np.full(len(rows[k]), k) for k in folds])
-    labels = np.concatenate([rows[k].label for k in folds])
+    labels = np.concatenate([measure.classes(rows[k]) for k in folds])
     drawn = bs.draw_resamples(ids, fold, labels, resamples=resamples, seed=seed)
     return {k: drawn.weights[:, fold == k] for k in folds}, drawn.reason
-
-
-def _fold_values(table: Predictions, weights: np.ndarray) -> dict[str, tuple[float, np.ndarray]]:
-    """metric -> (value, [B] resampled values)."""
-    value = classification_metrics(table.label, table.probs)
-    resampled = classification_metrics(table.label, table.probs, weights)
-    return {name: (float(value[name]), resampled[name]) for name in value}
 
 
 def _defined(values: Mapping, metric: str) -> dict[tuple[int, int], tuple[float, np.ndarray]]:
@@ -213,7 +250,7 @@ def _estimate(own: Mapping, metric: str, reason: str) -> dict[str, Any]:
     return {"pairs": len(found), "mean": mean, "ci": [interval.low, interval.high], "reason": interval.reason or None}
 
 
-def _difference(own: Mapping, other: Mapping, metric: str, reason: str) -> dict[str, Any]:
+def _difference(own: Mapping, other: Mapping, metric: str, reason: str, lower: bool) -> dict[str, Any]:
     mine, theirs = _defined(own, metric), _defined(other, metric)
     pairs = sorted(set(mine) & set(theirs))
     if not pairs:
@@ -226,7 +263,6 @@ def _difference(own: Mapping, other: Mapping, metric: str, reason: str) -> dict[
         [np.mean([d for (s, _), d in diffs.items() if s == seed]) for seed in seeds], level=summary.LEVEL
     )
     difference = float(np.mean(list(diffs.values())))
-    lower = metric in LOWER_IS_BETTER
     return {
         "difference": difference,
         "difference_ci": [interval.low, interval.high],

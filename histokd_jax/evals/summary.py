@@ -28,6 +28,7 @@ from histokd_jax.evals.predictions import UNLABELLED, Predictions, atomic_writer
 FORMAT_VERSION = 1
 LEVEL = 0.95
 UNITS = ("patient", "slide")
+MARKS = {"simulated": "simulated bags", "patient_overlap": "within one patient, across sections"}
 LABELS = {
     "auroc": "AUROC",
     "average_precision": "Average precision",
@@ -179,6 +180,12 @@ def verdict(difference: float, low: float, high: float, *, lower_is_better: bool
     return "the interval excludes zero: a gain" if better else "the interval excludes zero: a loss"
 
 
+def marks(summary: Mapping[str, Any]) -> list[str]:
+    """What must be said about the data beside every number of a summary."""
+    own = [text for key, text in MARKS.items() if summary.get(key)]
+    return own[::-1] + list(summary.get("marks", ()))
+
+
 def print_table(summary: Mapping[str, Any]) -> str:
     """Plain-text results table for the terminal.
 
@@ -190,16 +197,13 @@ def print_table(summary: Mapping[str, Any]) -> str:
     """
     unit = summary["bootstrap"]["unit"]
     title = f"{len(summary['folds'])} fold(s); mean +- population std over folds [bootstrap 95 % CI over {unit}s]"
-    if summary.get("simulated"):
-        title = f"simulated bags; {title}"
-    if summary.get("patient_overlap"):
-        title = f"within one patient, across sections; {title}"
-    lines = [title, f"{'mode':<12} {'metric':<30} {'mean':>6}    {'std':>5}  {'CI':<16} note"]
+    lines = ["; ".join([*marks(summary), title])]
+    lines += [f"{'mode':<12} {'metric':<30} {'mean':>6}    {'std':>5}  {'CI':<16} note"]
     for mode, entry in summary["modes"].items():
         for name, row in entry["metrics"].items():
-            interval = "[" + ", ".join(_fixed(x) for x in row["ci"]) + "]"
-            spread = f"+- {_fixed(row['std']):>5}" if row["n_folds"] > 1 else " " * 8
-            cells = f"{_fixed(row['mean']):>6} {spread}  {interval:<16} {row['reason'] or ''}"
+            interval = "[" + ", ".join(fixed(x) for x in row["ci"]) + "]"
+            spread = f"+- {fixed(row['std']):>5}" if row["n_folds"] > 1 else " " * 8
+            cells = f"{fixed(row['mean']):>6} {spread}  {interval:<16} {row['reason'] or ''}"
             lines.append(f"{mode:<12} {LABELS[name]:<30} {cells}".rstrip())
     return "\n".join(lines) + "\n"
 
@@ -244,7 +248,7 @@ def _summarise_mode(rows: Predictions, how: _Resampling) -> dict[str, Any]:
         interval = bs.percentile_interval(samples[name], level=LEVEL, reason=drawn.reason)
         metrics[name] = {
             "per_fold": folds[name],
-            **_mean_std(folds[name]),
+            **mean_std(folds[name]),
             "ci": [interval.low, interval.high],
             "n_undefined_resamples": interval.n_undefined,
             "reason": _join(reasons[name], interval.reason),
@@ -269,14 +273,14 @@ def _compare_mode(a: Predictions, b: Predictions, how: _Resampling) -> dict[str,
         reason = "undefined in one arm only, in some fold" if one_sided.any() else drawn.reason
         interval = bs.percentile_interval(samples_a[name] - samples_b[name], level=LEVEL, reason=reason)
         diffs = folds_a[name] - folds_b[name]
-        difference = _mean_std(diffs)["mean"]
+        difference = mean_std(diffs)["mean"]
         metrics[name] = {
-            "distilled": _mean_std(folds_a[name])["mean"],
-            "control": _mean_std(folds_b[name])["mean"],
+            "distilled": mean_std(folds_a[name])["mean"],
+            "control": mean_std(folds_b[name])["mean"],
             "difference": difference,
             "per_fold": diffs,
             "ci": [interval.low, interval.high],
-            "folds_t": _t_facts(bs.paired_t_interval(diffs, level=LEVEL)),
+            "folds_t": t_facts(bs.paired_t_interval(diffs, level=LEVEL)),
             "verdict": verdict(difference, interval.low, interval.high, lower_is_better=name in LOWER_IS_BETTER),
             "reason": _join(reasons[name], interval.reason),
         }
@@ -298,7 +302,8 @@ def _fold_values(rows: Predictions) -> tuple[dict[str, np.ndarray], dict[str, st
     return {name: np.array(v) for name, v in values.items()}, {name: "; ".join(r) for name, r in reasons.items()}
 
 
-def _mean_std(values: np.ndarray) -> dict[str, Any]:
+def mean_std(values: np.ndarray) -> dict[str, Any]:
+    """Mean and population standard deviation of the values that are defined, and their number `n_folds`."""
     defined = values[~np.isnan(values)]
     if not len(defined):
         return {"mean": math.nan, "std": math.nan, "n_folds": 0}
@@ -310,7 +315,8 @@ def _counts(rows: Predictions, fold: int) -> dict[str, Any]:
     return {"fold": fold, "n": len(labels), "per_class": np.bincount(labels, minlength=rows.num_classes)}
 
 
-def _t_facts(t: bs.PairedT) -> dict[str, Any]:
+def t_facts(t: bs.PairedT) -> dict[str, Any]:
+    """A t-interval as JSON types."""
     return {"mean": t.mean, "ci": [t.low, t.high], "p": t.p, "n": t.n, "reason": t.reason or None}
 
 
@@ -338,5 +344,6 @@ def _join(*reasons: str) -> str | None:
     return "; ".join(r for r in reasons if r) or None
 
 
-def _fixed(value: float | None) -> str:
+def fixed(value: float | None) -> str:
+    """Three decimals, or "n/a"."""
     return "n/a" if value is None or math.isnan(value) else f"{value:.3f}"

@@ -12,20 +12,37 @@ from histokd_jax.losses.mutual import mutual_kl, tempered_kl
 from histokd_jax.losses.orthogonal import non_orthogonality, orth_loss
 from histokd_jax.losses.relational import pkt_loss, rkd_loss
 from histokd_jax.losses.similarity import sp_loss
+from histokd_jax.losses.survival import ce_survival, cox_loss, log_survival, nll_survival, risk_score, survival_curve
+from histokd_jax.losses.survival_distillation import (
+    at_risk_mask,
+    event_distribution_kl,
+    hazard_kl,
+    risk_order_loss,
+)
 
 __all__ = [
     "at_loss",
+    "at_risk_mask",
+    "ce_survival",
     "coral_loss",
     "correct",
+    "cox_loss",
     "cross_entropy",
+    "event_distribution_kl",
     "fitnet_loss",
+    "hazard_kl",
     "infonce_loss",
+    "log_survival",
     "mean_covariance",
     "mutual_kl",
+    "nll_survival",
     "non_orthogonality",
     "orth_loss",
     "pkt_loss",
+    "risk_order_loss",
+    "risk_score",
     "rkd_loss",
     "sp_loss",
+    "survival_curve",
     "tempered_kl",
 ]

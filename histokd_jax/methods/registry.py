@@ -8,7 +8,11 @@ from types import ModuleType
 
 from histokd_jax.types import Method
 
-METHODS = {"mkd": "histokd_jax.methods.mkd.method"}
+METHODS = {
+    "mkd": "histokd_jax.methods.mkd.method",
+    "supervised": "histokd_jax.methods.supervised.method",
+    "ghanet": "histokd_jax.methods.ghanet.method",
+}
 """Name -> module with `make_method(config, data) -> Method`, `default_config()` and `validate(config)`."""
 
 

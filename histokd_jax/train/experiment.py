@@ -11,17 +11,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipelines import packing, schema
-from data_pipelines.cohort import Cohort, build_cohort
-from data_pipelines.genes import GeneSelection, GeneTable, select_genes
+from data_pipelines.assembler import Reader
+from data_pipelines.cohort import Cohort
+from data_pipelines.genes import GeneTable
 from data_pipelines.manifest import Manifest
 from data_pipelines.pipeline import SlideTable, StepSource
 from data_pipelines.reader import BagReader
-from data_pipelines.splits import Split, make_folds, read_folds, split_fingerprint
-from data_pipelines.tables import read_gene_table, read_ranking_table
+from data_pipelines.splits import CORRECTED, Split, make_folds, read_folds, split_fingerprint
+from histokd_jax.tasks import Tables, Targets, Task, get_task
+from histokd_jax.train import gene_choice
+from histokd_jax.train.gene_choice import CNV, GENE_FIELDS, Selection
 from histokd_jax.types import DataSpec, Method
 
-CNV = "cnv"
-GENE_FIELDS = (schema.GENES, CNV)
+PUBLISHED_MARK = "reported part = validation part (published protocol)"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,32 +32,53 @@ class Experiment:
 
     Attributes:
       cfg: the resolved configuration.
-      reader: reads the bags.
+      manifest: of the data set.
+      reader: reads the bags of the samples, by `cohort.bag_index`.
       cohort: the samples, joined with labels, genes and survival.
       gene_tables: batch field -> table aligned to the cohort ("genes", and "cnv" for two-stream variants).
       folds: splits of the cohort.
     """
 
     cfg: ConfigDict
-    reader: BagReader
+    manifest: Manifest
+    reader: Reader
     cohort: Cohort
     gene_tables: Mapping[str, GeneTable]
     folds: list[Split]
 
     @property
-    def manifest(self) -> Manifest:
-        """Manifest of the data set."""
-        return self.reader.manifest
-
-    @property
     def num_classes(self) -> int:
-        """Classes of the task."""
+        """Classes or time bins of the task."""
         return len(self.cohort.class_names)
 
-    def data_spec(self, method_fields: tuple[str, ...]) -> DataSpec:
-        """What the method must know about the data."""
-        genes = self.cfg.genes.top_k if schema.GENES in method_fields else 0
-        return DataSpec(self.manifest.feat_dim, self.num_classes, genes)
+    @property
+    def task(self) -> Task:
+        """The kind of answer, not fitted to a fold."""
+        return get_task(self.cfg)
+
+    @property
+    def marks(self) -> list[str]:
+        """What the protocol demands to be said beside every number."""
+        if not any(split.val_is_test for split in self.folds):
+            return []
+        return [PUBLISHED_MARK + (", epoch selected on it" if self.cfg.early_stop.enabled else "")]
+
+    def data_spec(self, method_fields: tuple[str, ...], fold: int = 0) -> DataSpec:
+        """What the method must know about the data; `fold` matters where folds choose genes of their own number."""
+        spec = DataSpec(self.manifest.feat_dim, self.num_classes, task=self.task.kind)
+        if schema.GENES not in method_fields or not gene_choice.reads_genes(self.cfg):
+            return spec
+        if gene_choice.kind_of(self.cfg) == gene_choice.RANKED:
+            return dataclasses.replace(spec, num_genes=self.cfg.genes.top_k)
+        chosen = self.choose_genes(schema.GENES, fold)
+        groups = gene_choice.group_sizes(chosen)
+        return dataclasses.replace(spec, num_genes=len(chosen.names), gene_groups=groups)
+
+    def choose_genes(self, field: str, fold: int) -> Selection:
+        """The genes that a batch field holds in one fold."""
+        split = self.folds[fold]
+        targets = self.task.fit(self.cohort, split.train).targets(self.cohort)
+        return gene_choice.choose(self.cfg, self.gene_tables[field], split, self.cohort, targets)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,12 +90,23 @@ class FoldData:
       evaluation: "val" (absent without a validation part) and "test" -> planned exact passes.
       selections: batch field -> the genes chosen on this fold's training patients.
       split_hash: sha256 of the split.
+      task: fitted to the fold.
+      split: rows of the cohort in every part.
+      targets: the answers of the whole cohort, as the fold's task sees them.
     """
 
     train: StepSource
     evaluation: Mapping[str, StepSource]
-    selections: Mapping[str, GeneSelection]
+    selections: Mapping[str, Selection]
     split_hash: str
+    task: Task
+    split: Split
+    targets: Targets
+
+    def answers(self, part: str) -> Targets:
+        """The answers of the samples of a part, in the order of its source."""
+        rows = getattr(self.split, part)
+        return {name: values[rows] for name, values in self.targets.items()}
 
 
 def load_experiment(cfg: ConfigDict) -> Experiment:
@@ -85,28 +119,29 @@ def load_experiment(cfg: ConfigDict) -> Experiment:
         raise ValueError("data.dir is empty: give the data set with --config.data.dir=DIRECTORY")
     manifest = Manifest.load(cfg.data.dir)
     check_width(manifest, cfg.data.feat_dim)
-    paths = table_paths(cfg, manifest.directory)
-    needs_genes = bool(cfg.teachers) if "teachers" in cfg else False
-    if needs_genes and paths["genes"] is None:
+    task = get_task(cfg)
+    tables = find_tables(cfg, manifest)
+    if getattr(tables, task.answers) is None:
+        file = f"tables/{task.answers}.csv"
+        raise ValueError(f"no {file} in the data set and data.{task.answers} is not set ({manifest.directory})")
+    needs_genes = gene_choice.reads_genes(cfg)
+    if needs_genes and tables.genes is None:
         raise ValueError(
             f"data set {manifest.name} has no tables/genes.npz and data.genes is not set: the teachers need gene "
             "expression; give --config.data.genes=FILE"
         )
-    cohort = build_cohort(
+    cohort = task.open_cohort(
         manifest,
-        labels_path=paths["labels"],
-        task=cfg.task,
-        genes_path=paths["genes"] if needs_genes else None,
-        survival_path=paths["survival"],
-        slide_choice=cfg.data.slide_choice,
-        require_genes=True,
+        cfg,
+        tables if needs_genes else dataclasses.replace(tables, genes=None),
         her2_equivocal=cfg.labels.her2_equivocal if "labels" in cfg else "drop",
-        unit=cfg.data.unit,
+        read_genes=lambda path: gene_choice.read_table(cfg, path),
     )
-    tables = {} if cohort.genes is None else {schema.GENES: cohort.genes}
+    found = {} if cohort.genes is None else {schema.GENES: cohort.genes}
     if cfg.get("variant") == "gmkdn":
-        tables[CNV] = read_copy_number(cfg.data.cnv, cohort)
-    return Experiment(cfg, BagReader(manifest), cohort, tables, _folds(cfg, cohort))
+        found[CNV] = gene_choice.read_copy_number(cfg.data.cnv, cohort)
+    reader = cohort.open_bags(BagReader(manifest))
+    return Experiment(cfg, manifest, reader, cohort, found, _folds(cfg, task, cohort))
 
 
 def resolve_width(cfg: ConfigDict) -> ConfigDict:
@@ -132,75 +167,52 @@ def check_width(manifest: Manifest, expected: int) -> None:
         )
 
 
-def table_paths(cfg: ConfigDict, directory: pathlib.Path) -> dict[str, pathlib.Path | None]:
+def find_tables(cfg: ConfigDict, manifest: Manifest) -> Tables:
     """Files of labels, genes and survival: the configured ones, or the data set's own, or None."""
     own = {"labels": "labels.csv", "genes": "genes.npz", "survival": "survival.csv"}
     out = {}
     for name, file in own.items():
-        given, default = cfg.data[name], pathlib.Path(directory) / "tables" / file
+        given, default = cfg.data[name], pathlib.Path(manifest.directory) / "tables" / file
         out[name] = pathlib.Path(given) if given else (default if default.exists() else None)
-    if out["labels"] is None:
-        raise ValueError(f"no tables/labels.csv in the data set and data.labels is not set ({directory})")
-    return out
+    return Tables(**out)
 
 
-def read_copy_number(path: str, cohort: Cohort) -> GeneTable:
-    """The copy-number table of two-stream variants, aligned to the cohort.
-
-    Raises:
-      ValueError: no file given, or cases without copy number (listed).
-    """
-    if not path:
-        raise ValueError("variant gmkdn reads two gene streams: give the copy-number table (data.cnv, or --cnv FILE)")
-    table = read_gene_table(path, suffix="_cnv").align(cohort.sample_id)
-    if not table.has_genes.all():
-        lacking = [c for c, has in zip(cohort.sample_id, table.has_genes) if not has]
-        raise ValueError(f"{path}: {len(lacking)} cases of the cohort have no copy number: {lacking[:5]}")
-    return table
-
-
-def _folds(cfg: ConfigDict, cohort: Cohort) -> list[Split]:
+def _folds(cfg: ConfigDict, task: Task, cohort: Cohort) -> list[Split]:
+    options = {name: cfg.split[name] for name in ("val_fraction", "stratify", "seed")}
+    options |= {"protocol": cfg.split.get("protocol", CORRECTED), "strata": task.strata(cohort)}
     if cfg.split.dir:
-        return read_folds(
-            cfg.split.dir,
-            cohort,
-            val_fraction=cfg.split.val_fraction,
-            stratify=cfg.split.stratify,
-            seed=cfg.split.seed,
-            allow_patient_overlap=cfg.data.allow_patient_overlap,
-        )
-    return make_folds(
-        cohort,
-        n_folds=cfg.split.n_folds,
-        val_fraction=cfg.split.val_fraction,
-        stratify=cfg.split.stratify,
-        seed=cfg.split.seed,
-    )
+        overlap = cfg.data.allow_patient_overlap
+        return read_folds(cfg.split.dir, cohort, allow_patient_overlap=overlap, **options)
+    return make_folds(cohort, n_folds=cfg.split.n_folds, **options)
 
 
 def fold_data(experiment: Experiment, fold: int, method: Method) -> FoldData:
     """Gene selection on training patients, slot tables, and the plan of every epoch.
 
     Raises:
-      ValueError: a validation or test part without every class (its monitor would be undefined), or as the planners.
+      ValueError: a part whose metrics would be undefined, or as the planners.
     """
-    cfg, split = experiment.cfg, experiment.folds[fold]
-    _check_classes(experiment, split, fold)
+    cfg, cohort, split = experiment.cfg, experiment.cohort, experiment.folds[fold]
+    _check_selection(cfg, split, fold)
+    experiment.task.check_split(cohort, split, fold)
+    task = experiment.task.fit(cohort, split.train)
+    targets = task.targets(cohort)
     needed = [field for field in GENE_FIELDS if field in method.requires]
-    selections = {field: _select(experiment, split, field) for field in needed}
-    fields = {schema.LABEL: experiment.cohort.label}
+    _check_genes(experiment, method, needed)
+    selections = {f: gene_choice.choose(cfg, experiment.gene_tables[f], split, cohort, targets) for f in needed}
+    fields = dict(targets)
     for field, selection in selections.items():
         fields[field] = selection.apply_table(experiment.gene_tables[field])
     if needed:
-        fields[schema.HAS_GENES] = experiment.cohort.has_genes
-    train_plan = _train_plan(experiment, split, method)
+        fields[schema.HAS_GENES] = cohort.has_genes
+    train_plan = _train_plan(experiment, split, method, task.sampling_classes(targets)[split.train])
     evaluation = {}
     for part in ("val", "test"):
         rows = getattr(split, part)
         if not len(rows):
             continue
         plan = packing.plan_evaluation(
-            experiment.manifest.sizes[experiment.cohort.slide_index[rows]],
+            _sizes(experiment, rows),
             target_capacity=train_plan.capacity,
             num_slots=cfg.eval.slots,
             rows=_rows(cfg),
@@ -211,7 +223,10 @@ def fold_data(experiment: Experiment, fold: int, method: Method) -> FoldData:
         train=_source(experiment, split.train, fields, train_plan),
         evaluation=evaluation,
         selections=selections,
-        split_hash=split_fingerprint(split, experiment.cohort),
+        split_hash=split_fingerprint(split, cohort),
+        task=task,
+        split=split,
+        targets=targets,
     )
 
 
@@ -241,16 +256,20 @@ def _rows(cfg: ConfigDict) -> int:
 
 
 def _source(experiment: Experiment, rows: np.ndarray, fields: Mapping[str, np.ndarray], plan: Any) -> StepSource:
-    table = SlideTable(experiment.cohort.slide_index[rows], {name: value[rows] for name, value in fields.items()})
+    table = SlideTable(experiment.cohort.bag_index[rows], {name: value[rows] for name, value in fields.items()})
     return StepSource(experiment.reader, table, plan, dtype=experiment.manifest.dtype)
 
 
-def _train_plan(experiment: Experiment, split: Split, method: Method) -> packing.PackPlan:
+def _sizes(experiment: Experiment, rows: np.ndarray) -> np.ndarray:
+    """[len(rows)] patches of some samples."""
+    return experiment.reader.manifest.sizes[experiment.cohort.bag_index[rows]]
+
+
+def _train_plan(experiment: Experiment, split: Split, method: Method, labels: np.ndarray) -> packing.PackPlan:
     cfg = experiment.cfg
     if not cfg.train.drop_last:
         raise ValueError("train.drop_last=False: a batch-coupled step holds exactly train.b slides; keep it True")
-    sizes = experiment.manifest.sizes[experiment.cohort.slide_index[split.train]]
-    labels = experiment.cohort.label[split.train]
+    sizes = _sizes(experiment, split.train)
     options = packing.PlanOptions(
         epochs=cfg.train.max_epochs,
         seed=cfg.seed,
@@ -273,45 +292,18 @@ def _train_plan(experiment: Experiment, split: Split, method: Method) -> packing
     )
 
 
-def _select(experiment: Experiment, split: Split, field: str) -> GeneSelection:
-    genes, survival = experiment.cfg.genes, experiment.cohort.survival
-    return select_genes(
-        experiment.gene_tables[field],
-        split.train,
-        survival=None if survival is None else (survival.time_months, survival.event),
-        label=experiment.cohort.label,
-        top_k=genes.top_k,
-        token_size=genes.token_size,
-        filter=genes.filter,
-        ranking=genes.ranking,
-        ranking_scope=genes.ranking_scope,
-        normalisation=genes.normalisation,
-        exclude=tuple(genes.exclude),
-        nan_policy=genes.nan_policy,
-        clip=genes.clip,
-        seed=experiment.cfg.seed,
-        ranking_table=_ranking_table(genes) if genes.ranking == "table" else None,
-    )
+def _check_genes(experiment: Experiment, method: Method, needed: list[str]) -> None:
+    absent = [field for field in needed if field not in experiment.gene_tables]
+    if absent:
+        raise ValueError(
+            f"method {method.name} reads {', '.join(absent)}, but the configuration chooses none: set genes.kind and "
+            "data.genes"
+        )
 
 
-def _ranking_table(genes: ConfigDict) -> dict[str, float]:
-    if not genes.ranking_table:
-        raise ValueError("genes.ranking=table needs genes.ranking_table=FILE, a CSV with the columns gene and p")
-    return read_ranking_table(genes.ranking_table)
-
-
-def _check_classes(experiment: Experiment, split: Split, fold: int) -> None:
-    if not len(split.val) and experiment.cfg.early_stop.enabled:
+def _check_selection(cfg: ConfigDict, split: Split, fold: int) -> None:
+    if not len(split.val) and cfg.early_stop.enabled:
         raise ValueError(
             f"fold {fold} has no validation part, but early_stop.enabled=True selects on it: raise split.val_fraction, "
             "or train a fixed number of epochs with early_stop.enabled=False"
         )
-    for part in ("train", "val", "test") if len(split.val) else ("train", "test"):
-        rows = getattr(split, part)
-        present = set(experiment.cohort.label[rows].tolist())
-        absent = [name for c, name in enumerate(experiment.cohort.class_names) if c not in present]
-        if not len(rows) or (absent and experiment.num_classes == 2) or len(present) < 2:
-            raise ValueError(
-                f"fold {fold}: the {part} part has {len(rows)} samples and lacks class {absent}: AUC is undefined; "
-                "use fewer folds, split.stratify=True, or other splits"
-            )

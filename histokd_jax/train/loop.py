@@ -20,9 +20,8 @@ from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from data_pipelines import schema
 from data_pipelines.cohort import Cohort
-from histokd_jax.evals.predictions import Predictions
+from histokd_jax.tasks import Table
 from histokd_jax.train import distributed, evaluate, optim
 from histokd_jax.train.checkpoint import RunCheckpoints
 from histokd_jax.train.experiment import FoldData
@@ -241,10 +240,10 @@ class _StageRunner:
         if "val" in self.job.data.evaluation:
             metrics = self._validate(state)
             # Hosts of different make may round differently, yet must stop at the same epoch.
-            monitor = distributed.broadcast(evaluate.mean_auc(metrics, self.stage.monitor_modes))
+            monitor = distributed.broadcast(self.job.data.task.monitor(metrics, self.stage.monitor_modes))
             self.writer.write(step, {**facts, "split": "val"}, {**metrics, "monitor": monitor})
             stopper, improved = stopper.update(monitor, epoch)
-            shown |= {"val_auc": f"{monitor:.3f}", "best": f"{stopper.best:.3f}"}
+            shown |= {self.job.data.task.monitor_name: f"{monitor:.3f}", "best": f"{stopper.best:.3f}"}
         progress = dataclasses.replace(progress, epoch=epoch + 1, stopper=stopper)
         state = _close_epoch(state, improved)
         bar.set_postfix(shown)
@@ -270,8 +269,8 @@ class _StageRunner:
         key = None
         if self.job.cfg.eval.teacher_dropout:
             key = jax.random.fold_in(jax.random.key(self.job.cfg.seed), int(state.step))
-        probs = predict_part(self.job, source, state.params, state.extra, key)
-        return evaluate.val_metrics(probs, source.table.fields[schema.LABEL])
+        found = predict_part(self.job, source, state.params, state.extra, key)
+        return self.job.data.task.val_metrics(found, self.job.data.answers("val"))
 
 
 @functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
@@ -281,21 +280,23 @@ def _close_epoch(state: TrainState, improved: bool) -> TrainState:
     return state.replace(best_params=best, totals=jax.tree.map(jnp.zeros_like, state.totals))
 
 
-def predict_part(job: Job, source, params: Any, extra: Any, key: jax.Array | None = None) -> dict[str, np.ndarray]:
-    """mode -> [n, C] of the slides of one evaluation plan; `key` turns on dropout in the teachers."""
+def predict_part(
+    job: Job, source, params: Any, extra: Any, key: jax.Array | None = None
+) -> dict[str, dict[str, np.ndarray]]:
+    """mode -> output -> [n, ...] of the samples of one evaluation plan; `key` turns on dropout in the teachers."""
 
     def predict(batch, number):
         step_key = None if key is None else jax.random.fold_in(key, number)
         return job.programs.predict(job.modes, params, extra, batch, step_key)
 
     params = job.programs.whole(params)
-    found = evaluate.predict_source(predict, source, job.feeder)
+    found = evaluate.predict_source(predict, source, job.feeder, job.data.task.outputs)
     # A jitted function returns dictionaries in the order of their keys; tables start with the deployed mode.
     return {mode: found[mode] for mode in job.modes}
 
 
-def predictions(job: Job, part: str, result: Fit) -> Predictions:
+def predictions(job: Job, part: str, result: Fit) -> Table:
     """Predictions of the selected parameters on "val" or "test"."""
-    source = job.data.evaluation[part]
-    probs = predict_part(job, source, result.params, result.extra)
-    return evaluate.as_table(probs, source.table.slide_index, job.cohort, job.fold)
+    source, data = job.data.evaluation[part], job.data
+    found = predict_part(job, source, result.params, result.extra)
+    return evaluate.as_table(data.task, found, source.table.slide_index, job.cohort, data.targets, job.fold)

@@ -14,12 +14,13 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from data_pipelines.genes import GeneSelection
 from histokd_jax.evals.predictions import atomic_writer
 from histokd_jax.methods import registry
+from histokd_jax.tasks import Task, get_task
 from histokd_jax.train import distributed
 from histokd_jax.train.checkpoint import CheckpointMismatchError, export_groups, load_groups, params_hash
 from histokd_jax.train.experiment import Experiment, FoldData
+from histokd_jax.train.gene_choice import Selection, read_selection
 from histokd_jax.types import DataSpec, Method
 from histokd_jax.utils import config as config_utils
 
@@ -38,6 +39,7 @@ class Model:
       extra: extra state.
       selections: batch field -> genes it reads.
       facts: model.json.
+      task: fitted as in training.
     """
 
     cfg: ConfigDict
@@ -45,8 +47,9 @@ class Model:
     spec: DataSpec
     params: dict[str, Any]
     extra: Any
-    selections: dict[str, GeneSelection]
+    selections: dict[str, Selection]
     facts: dict[str, Any]
+    task: Task
 
     @property
     def class_names(self) -> list[str]:
@@ -62,12 +65,13 @@ def export(directory: pathlib.Path, params: Any, experiment: Experiment, data: F
     facts = {
         "method": experiment.cfg.method,
         "config": json.loads(config_utils.to_json(experiment.cfg)),
-        "spec": dataclasses.asdict(experiment.data_spec(fields)),
+        "spec": dataclasses.asdict(experiment.data_spec(fields, fold)),
         "class_names": list(experiment.cohort.class_names),
         "encoder": manifest.encoder,
         "mpp": manifest.mpp,
         "selections": {field: json.loads(s.to_json()) for field, s in data.selections.items()},
         "fold": fold,
+        **({"task": data.task.facts()} if data.task.facts() else {}),
         "trained_on": {
             "dataset": manifest.name,
             "simulated": manifest.simulated,
@@ -99,7 +103,7 @@ def load(directory: pathlib.Path, mode: str) -> Model:
         raise CheckpointMismatchError(f"{directory} holds no {MODEL_FILE}: give a folder like RUN/fold_0/model")
     facts = json.loads(path.read_text())
     cfg = config_utils.from_json(json.dumps(facts["config"]))
-    spec = DataSpec(**facts["spec"])
+    spec = DataSpec(**facts["spec"] | {"gene_groups": tuple(facts["spec"].get("gene_groups", ()))})
     method = registry.get_method(facts["method"])(cfg, spec)
     needed = method.mode(mode)
     like, extra = jax.eval_shape(method.init, jax.random.key(0))
@@ -110,8 +114,9 @@ def load(directory: pathlib.Path, mode: str) -> Model:
         if params_hash(tree) != facts["params_sha256"][group]:
             raise CheckpointMismatchError(f"{directory / group} differs from its hash in {MODEL_FILE}: damaged?")
     selections = {
-        field: GeneSelection.from_json(json.dumps(value))
+        field: read_selection(cfg, json.dumps(value))
         for field, value in facts["selections"].items()
         if field in needed.fields
     }
-    return Model(cfg, method, spec, params, extra, selections, facts)
+    task = get_task(cfg).restore(facts.get("task", {}))
+    return Model(cfg, method, spec, params, extra, selections, facts, task)

@@ -21,7 +21,6 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from data_pipelines import schema
 from data_pipelines.pipeline import StepSource
 from histokd_jax.evals.predictions import atomic_writer
 from histokd_jax.train import evaluate, optim
@@ -333,7 +332,8 @@ class _Group:
             "active": f"{running.sum()}/{len(running)}",
             "loss": f"{np.mean([m['loss'] for m in means.values()]):.3f}",
         }
-        bar.set_postfix(shown | ({"val_auc": f"{np.mean(monitors):.3f}"} if monitors else {}))
+        name = self.data[0].task.monitor_name
+        bar.set_postfix(shown | ({name: f"{np.mean(monitors):.3f}"} if monitors else {}))
         last = position.epoch == self.cfg.train.max_epochs or not running.any()
         if last or position.epoch % self.cfg.ckpt.every_epochs == 0:
             self._save(state, position)
@@ -367,21 +367,21 @@ class _Group:
         improved, monitors = np.zeros(len(self.replicas), bool), []
         if "val" not in self.data[0].evaluation:
             return improved, monitors
-        for r, probs in self._predict(state, "val").items():
-            if not all(np.isfinite(p).all() for p in probs.values()):
+        for r, found in self._predict(state, "val").items():
+            if not evaluate.is_finite(found):
                 self._give_up(r, facts, "predictions became NaN or infinite")
                 continue
-            labels = self.replicas[r].job.data.evaluation["val"].table.fields[schema.LABEL]
-            metrics = evaluate.val_metrics(probs, labels)
-            monitor = evaluate.mean_auc(metrics, stage.monitor_modes)
+            data = self.replicas[r].job.data
+            metrics = data.task.val_metrics(found, data.answers("val"))
+            monitor = data.task.monitor(metrics, stage.monitor_modes)
             self.writers[r].write(self._global(r), {**facts, "split": "val"}, {**metrics, "monitor": monitor})
             stopper, improved[r] = self.standing[r].progress.stopper.update(monitor, facts["epoch"])
             self._move(r, stopper=stopper)
             monitors.append(monitor)
         return improved, monitors
 
-    def _predict(self, state: TrainState, part: str) -> dict[int, dict[str, np.ndarray]]:
-        """Running replica -> mode -> [n, C] of its own validation or test slides."""
+    def _predict(self, state: TrainState, part: str) -> dict[int, dict[str, dict[str, np.ndarray]]]:
+        """Running replica -> mode -> output -> [n, ...] of its own validation or test samples."""
         rows = np.flatnonzero(self.running)
         keys = self._dropout_keys(state)
         sources = {self.stream_of[r]: self.data[self.stream_of[r]].evaluation[part] for r in rows}
@@ -393,14 +393,15 @@ class _Group:
             fresh = {stream: fed for stream, it in passes.items() if (fed := next(it, None)) is not None}
             if not fresh:
                 # Tables start with the deployed mode; a jitted function returns dictionaries in the order of keys.
-                return {r: {mode: one.probs[mode] for mode in self.modes} for r, one in found.items()}
+                return {r: {mode: one.values[mode] for mode in self.modes} for r, one in found.items()}
             latest |= fresh
             active = np.zeros(len(self.replicas), bool)
             active[[r for r in rows if self.stream_of[r] in fresh]] = True
             step_keys = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-            probs = jax.device_get(self.programs.predict(self.modes, state, self._stacked(latest), active, step_keys))
+            values = jax.device_get(self.programs.predict(self.modes, state, self._stacked(latest), active, step_keys))
             for r in np.flatnonzero(active):
-                found[r].add(fresh[self.stream_of[r]].slide_index, {mode: prob[r] for mode, prob in probs.items()})
+                own = jax.tree.map(lambda value, r=r: value[r], values)
+                found[r].add(fresh[self.stream_of[r]].slide_index, own)
             number += 1
 
     def _dropout_keys(self, state: TrainState) -> jax.Array | None:

@@ -20,6 +20,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
+from histokd_jax.tasks import get_task
 from histokd_jax.train import sharding, step
 from histokd_jax.train.programs import Programs
 from histokd_jax.train.state import TrainState, start_stage
@@ -129,6 +130,7 @@ class ReplicaPrograms:
         self.programs, self.layout, self.mesh = programs, layout, mesh
         self.loop = resolve_loop(cfg.train.replica_loop, mesh.devices.flat[0].platform)
         self._batching = cfg.train.batching
+        self._outputs = get_task(cfg).outputs
         self._compiled: dict[Any, Any] = {}
         self._sharding = sharding.by_replica(mesh)
 
@@ -214,8 +216,8 @@ class ReplicaPrograms:
         batches: Mapping[str, jax.Array],
         active: np.ndarray,
         keys: jax.Array | None = None,
-    ) -> dict[str, jax.Array]:
-        """mode -> [padded, S, C] class probabilities of the active replicas.
+    ) -> dict[str, dict[str, jax.Array]]:
+        """mode -> output -> [padded, S, ...] of the active replicas.
 
         Args:
           modes: inference modes.
@@ -281,7 +283,7 @@ class ReplicaPrograms:
 
         def one(model, own, batches):
             found = predict(*model, _pick(batches, own["place"]), own.get("key"))
-            return None, {mode: value["prob"] for mode, value in found.items()}
+            return None, {mode: step.chosen_outputs(value, self._outputs) for mode, value in found.items()}
 
         def block(model, batches, control):
             each = {key: control[key] for key in ("place", "key") if key in control}

@@ -21,15 +21,10 @@ from ml_collections import ConfigDict
 
 from data_pipelines.atomic import storage_errors
 from histokd_jax.evals import summary as summaries
-from histokd_jax.evals.predictions import (
-    Predictions,
-    atomic_writer,
-    concatenate,
-    read_predictions,
-    write_predictions,
-)
+from histokd_jax.evals.predictions import atomic_writer
 from histokd_jax.methods import registry
-from histokd_jax.train import distributed, feed, loop, model_dir, provenance, sharding
+from histokd_jax.tasks import Table, Task
+from histokd_jax.train import distributed, feed, gene_choice, loop, model_dir, provenance, sharding
 from histokd_jax.train.checkpoint import CheckpointMismatchError
 from histokd_jax.train.experiment import Experiment, FoldData, fold_data, load_experiment, resolve_width, share_shapes
 from histokd_jax.train.feed import Feeder
@@ -67,7 +62,7 @@ def train(cfg: ConfigDict, workdir: pathlib.Path, command: Sequence[str] = ()) -
         result = _arm(experiment, numbers, workdir, command, stop, "student + distillation", cohorts)
         control = control_config(cfg)
         if control is not None:
-            other = Experiment(control, experiment.reader, experiment.cohort, experiment.gene_tables, experiment.folds)
+            other = dataclasses.replace(experiment, cfg=control)
             _arm(other, numbers, workdir / "control", command, stop, "control (all weights 0)", cohorts)
     return result
 
@@ -129,10 +124,20 @@ class Arm:
         )
 
 
-def make_method(experiment: Experiment) -> Method:
-    """The method that an experiment's configuration asks for."""
-    cfg = experiment.cfg
-    return registry.get_method(cfg.method)(cfg, experiment.data_spec(_fields(cfg)))
+def make_method(experiment: Experiment, fold: int = 0) -> Method:
+    """The method that an experiment's configuration asks for, with the networks of a fold."""
+    return make_methods(experiment, [fold])[fold]
+
+
+def make_methods(experiment: Experiment, folds: Sequence[int]) -> dict[int, Method]:
+    """Fold -> its method: the same object for all folds, unless they choose genes of their own number."""
+    cfg, found = experiment.cfg, {}
+    varies = gene_choice.varies_by_fold(cfg)
+    spec_of = {k: experiment.data_spec(_fields(cfg), k if varies else 0) for k in folds}
+    for spec in spec_of.values():
+        if spec not in found:
+            found[spec] = registry.get_method(cfg.method)(cfg, spec)
+    return {k: found[spec] for k, spec in spec_of.items()}
 
 
 def make_programs(experiment: Experiment, method: Method) -> Programs:
@@ -175,17 +180,17 @@ def open_arm(
 
 def close_arm(arm: Arm) -> dict[str, Any]:
     """Joins the predictions of all folds, which must be finished, and writes the summary."""
-    tables: dict[str, list[Predictions]] = {}
+    task = arm.experiment.task
+    tables: dict[str, list[Table]] = {}
     for k, data in arm.folds.items():
         # Always read back, so that a run finished in several sittings reports the same digits.
         for part in data.evaluation:
-            tables.setdefault(part, []).append(
-                read_predictions(arm.directory / f"fold_{k}" / f"predictions_{part}.csv")
-            )
-    joined = {part: concatenate(found) for part, found in tables.items()}
+            path = arm.directory / f"fold_{k}" / f"predictions_{part}.csv"
+            tables.setdefault(part, []).append(task.read_table(path))
+    joined = {part: task.concatenate(found) for part, found in tables.items()}
     for part, table in joined.items() if distributed.is_main() else ():
-        write_predictions(arm.directory / f"predictions_{part}.csv", table)
-    return write_summary(arm.directory, joined["test"], arm.experiment.cfg, arm.facts)
+        task.write_table(arm.directory / f"predictions_{part}.csv", table)
+    return write_summary(arm.directory, task, joined["test"], arm.experiment.cfg, arm.facts)
 
 
 def _arm(
@@ -198,16 +203,17 @@ def _arm(
     cohorts: CohortCache,
 ) -> dict[str, Any]:
     cfg = experiment.cfg
-    method = make_method(experiment)
-    planned = share_shapes([fold_data(experiment, k, method) for k in numbers])
-    programs = make_programs(experiment, method)
+    methods = make_methods(experiment, numbers)
+    planned = share_shapes([fold_data(experiment, k, methods[k]) for k in numbers])
+    programs = {id(method): make_programs(experiment, method) for method in methods.values()}
+    mesh = programs[id(methods[numbers[0]])].mesh
     for data in planned:
-        check_mesh(programs.mesh, cfg, data)
+        check_mesh(mesh, cfg, data)
     sources = [source for data in planned for source in (data.train, *data.evaluation.values())]
-    feeder = feed.make_feeder(cfg, programs.mesh, sources, cohorts)
+    feeder = feed.make_feeder(cfg, mesh, sources, cohorts)
     arm = open_arm(experiment, dict(zip(numbers, planned)), directory, command, title, feeder.report())
     for k in numbers:
-        job = arm.job(k, programs, feeder)
+        job = arm.job(k, programs[id(methods[k])], feeder)
         if not is_finished(job):
             finish_fold(job, experiment, loop.fit(job, stop))
     return close_arm(arm)
@@ -225,18 +231,24 @@ def check_mesh(mesh: Mesh, cfg: ConfigDict, data: FoldData) -> None:
 
 
 def write_summary(
-    directory: pathlib.Path, test: Predictions, cfg: ConfigDict, manifest: Mapping[str, Any]
+    directory: pathlib.Path, task: Task, test: Table, cfg: ConfigDict, manifest: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Computes and writes summary.json of an arm."""
-    facts = {key: manifest[key] for key in ("task", "method", "simulated", "patient_overlap", "dataset", "seed")}
-    summary = summaries.summarise(test, num_classes=test.num_classes, facts=facts, **resampling(cfg))
+    reference = task.read_reference(directory, test.folds)
+    summary = task.summarise(test, reference, summary_facts(task, manifest), resampling(cfg))
     if distributed.is_main():
         summaries.write_summary(directory / "summary.json", summary)
     return summary
 
 
+def summary_facts(task: Task, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of run_manifest.json that the summary repeats."""
+    marks = {"marks": manifest["marks"]} if manifest.get("marks") else {}
+    return {**{key: manifest[key] for key in task.summary_facts}, **marks}
+
+
 def resampling(cfg: ConfigDict) -> dict[str, Any]:
-    """How the intervals of a run are drawn: keyword arguments of `summary.summarise`."""
+    """How the intervals of a run are drawn: options of `Task.summarise`."""
     # With every sample a slide of its own (spots of one patient), patients cannot be resampled.
     unit = "slide" if cfg.data.unit == "slide" else "patient"
     return {"bootstrap": cfg.report.bootstrap, "seed": cfg.seed, "unit": unit}
@@ -281,10 +293,12 @@ def identity(cfg: ConfigDict, data: FoldData) -> dict[str, str]:
 def finish_fold(job: loop.Job, experiment: Experiment, result: loop.Fit) -> None:
     """Exports the model of a trained fold, writes its predictions and, last, fold.json, which marks it finished."""
     model_dir.export(job.directory / "model", result.params, experiment, job.data, job.fold)
+    if distributed.is_main():
+        job.data.task.write_reference(job.directory, experiment.cohort, job.data.split.train)
     for part in job.data.evaluation:
         table = loop.predictions(job, part, result)
         if distributed.is_main():
-            write_predictions(job.directory / f"predictions_{part}.csv", table)
+            job.data.task.write_table(job.directory / f"predictions_{part}.csv", table)
     _write_json(
         job.directory / "fold.json",
         {

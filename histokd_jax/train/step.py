@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -145,3 +145,17 @@ def make_predict_step(method: Method, modes: tuple[str, ...]) -> Callable[..., d
         return {mode: method.predict(params, {}, extra, batch, mode, key) for mode in modes}
 
     return predict
+
+
+def chosen_outputs(values: Mapping[str, jax.Array], outputs: Sequence[str]) -> dict[str, jax.Array]:
+    """Some outputs of `Method.predict`.
+
+    Raises:
+      ValueError: the method predicts no such output.
+    """
+    absent = [name for name in outputs if name not in values]
+    if absent:
+        raise ValueError(
+            f"the method predicts {sorted(values)}, the task needs {list(outputs)}: it does not know this task_kind"
+        )
+    return {name: values[name] for name in outputs}

@@ -23,9 +23,10 @@ from ml_collections import ConfigDict
 
 from data_pipelines.atomic import storage_errors
 from histokd_jax.evals import ablation
-from histokd_jax.evals.predictions import Predictions, atomic_writer, read_predictions
+from histokd_jax.evals.predictions import atomic_writer
 from histokd_jax.methods import registry
-from histokd_jax.train import distributed, provenance, replica_step, replicas, run, sharding
+from histokd_jax.tasks import Table
+from histokd_jax.train import distributed, gene_choice, provenance, replica_step, replicas, run, sharding
 from histokd_jax.train.checkpoint import CheckpointMismatchError
 from histokd_jax.train.experiment import Experiment, FoldData, fold_data, load_experiment, resolve_width
 from histokd_jax.train.feed import Feeder, StreamFeeder
@@ -114,6 +115,7 @@ def prepare(settings: Mapping[str, ConfigDict], reference: str, seeds: Sequence[
             )
         try:
             registry.method_module(cfg.method).validate(cfg)
+            _check_widths(cfg)
             key = _data_key(cfg)
             if key not in loaded:
                 loaded[key] = load_experiment(cfg)
@@ -171,9 +173,11 @@ def write_table(sweep: Sweep, workdir: pathlib.Path, failed: Mapping[str, str]) 
             f"no training of the reference setting {sweep.reference} succeeded, so there is no table; failed: "
             + "; ".join(f"{name} ({why})" for name, why in failed.items())
         )
-    table = ablation.ablation_table(runs, sweep.reference, **options)
+    measure = first.task.measure()
+    table = ablation.ablation_table(runs, sweep.reference, measure=measure, **options)
     marks = ["simulated bags"] if manifest.simulated else []
     marks += ["within one patient, across sections"] if any(s.patient_overlap for s in first.folds) else []
+    marks += first.marks
     facts = {
         "title": f"Ablations of {cfg.method}, {cfg.task}, {manifest.name}",
         "marks": marks,
@@ -185,17 +189,17 @@ def write_table(sweep: Sweep, workdir: pathlib.Path, failed: Mapping[str, str]) 
         "versions": provenance.versions(),
         "git": provenance.git_revision(),
     }
-    ablation.write_table(workdir, table, facts)
+    ablation.write_table(workdir, table, facts, measure.labels)
     return {**facts, **table}
 
 
-def _predictions(sweep: Sweep, directory: pathlib.Path) -> dict[tuple[int, int], Predictions]:
-    found = {}
+def _predictions(sweep: Sweep, directory: pathlib.Path) -> dict[tuple[int, int], Table]:
+    found, task = {}, sweep.experiments[sweep.reference].task
     for seed in sweep.seeds:
         for fold in sweep.folds:
             path = _arm_directory(directory, seed) / f"fold_{fold}"
             if (path / "fold.json").exists():
-                found[seed, fold] = read_predictions(path / "predictions_test.csv")
+                found[seed, fold] = task.read_table(path / "predictions_test.csv")
     return found
 
 
@@ -212,9 +216,18 @@ def _plain(cfg: ConfigDict, seed: int) -> ConfigDict:
 
 def _data_key(cfg: ConfigDict) -> str:
     """What `load_experiment` reads, so that settings with the same data open it once."""
-    read = ("data", "split", "task", "labels", "variant")
+    read = ("data", "split", "task", "task_kind", "survival", "labels", "variant")
     facts = {name: cfg.to_dict().get(name) for name in read}
-    return json.dumps([facts, bool(cfg.get("teachers"))], sort_keys=True, default=str)
+    genes = [gene_choice.kind_of(cfg), gene_choice.reads_genes(cfg)]
+    return json.dumps([facts, genes], sort_keys=True, default=str)
+
+
+def _check_widths(cfg: ConfigDict) -> None:
+    if gene_choice.varies_by_fold(cfg):
+        raise ValueError(
+            f"genes.kind={gene_choice.GROUPS}: every fold has networks of its own width, but a sweep trains folds as "
+            "one program; train the settings one by one with `histokd train`"
+        )
 
 
 def _distinct_data(group: replicas.Group, experiments: Mapping[str, Experiment]) -> list[str]:

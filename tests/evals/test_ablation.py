@@ -93,7 +93,7 @@ def test_missing_pairs_are_left_out_of_both_sides():
 def test_modes_that_a_setting_lacks_are_left_out(table):
     student = runs(0.1, modes=("pathology",))
     found = ablation.ablation_table({"full": runs(0.6), "student": student}, "full", bootstrap=50)
-    assert [r["setting"] for r in found["rows"] if r["mode"] == "both"] == ["full"] * len(ablation.METRICS)
+    assert [r["setting"] for r in found["rows"] if r["mode"] == "both"] == ["full"] * len(ablation.CLASSIFICATION.names)
     odd = ablation.ablation_table({"full": runs(0.6, modes=("pathology",)), "b": runs(0.1)}, "full", bootstrap=50)
     assert row(odd, "b", "both")["reason"] == "the reference has no such mode"
 

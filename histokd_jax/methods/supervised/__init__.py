@@ -1,0 +1,1 @@
+"""Supervised baselines: one network, one label or survival time, no distillation."""

@@ -1,0 +1,1 @@
+"""Bag networks (multiple-instance learning) beside those of MKD, on packed bags."""
