@@ -97,7 +97,7 @@ def select(
 
 
 def _fetch(patches: jax.Array, winners: _Winners) -> jax.Array:
-    flat = patches.reshape(-1, patches.shape[-1])
+    flat = jnp.asarray(patches).reshape(-1, patches.shape[-1])
     # A place that holds no winner may point at padding, which may hold NaN.
     return jnp.where((winners.score > softmax.NEG / 2)[..., None], flat[winners.place], jnp.zeros((), flat.dtype))
 
@@ -114,7 +114,7 @@ def _find(features_fn, num_slots, count, ends, chunk, params, aux, patches, segm
         x, seg, pos = part
         scores = features_fn(params, aux, layout.masked(x, seg), seg, pos)[1].astype(sign.dtype)
         own = softmax.one_hot(seg, num_slots)[None]
-        offered = jnp.broadcast_to(jnp.where(own, sign * scores, softmax.NEG), (*shape[:3], seg.shape[0]))
+        offered = jnp.broadcast_to(jnp.where(own, sign * scores[None, None], softmax.NEG), (*shape[:3], seg.shape[0]))
         # Earlier winners come first, and top_k prefers the first of equals.
         score, chosen = lax.top_k(jnp.concatenate([best.score, offered], axis=-1), count)
 

@@ -9,6 +9,9 @@ import pytest
 import supervised_golden as golden
 from supervised_golden import Case
 
+from histokd_jax.methods.supervised.networks import network
+from histokd_jax.methods.supervised.torch_keys import from_torch, to_torch
+
 CLUSTERS = (5 * np.arange(23) + 2) % 9
 SURVIVAL = ("logits", "hazards", "survival", "risk", "nll_bin2_death", "nll_bin1_censored")
 CASES = [
@@ -20,7 +23,7 @@ CASES = [
     Case("abmil", "fusion_bilinear", {"fusion": "bilinear"}, golden.BILINEAR_SHAPES),
     Case("deepattnmisl", clusters=CLUSTERS),
 ]
-NAMES = sorted({case.name for case in CASES})
+NAMES = sorted({*(case.name for case in CASES), "clam_sb", "clam_mb", "dsmil"})
 
 
 def specific(case, result):
@@ -60,3 +63,23 @@ def test_golden_fill_matches_the_key_table(golden_dir, name):
         np.testing.assert_allclose(
             [value.flat[0], value.sum()], [float(row["first_value"]), float(row["sum"])], rtol=1e-9, atol=1e-9
         )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checkpoint_keys_round_trip(golden_dir, name):
+    entry, state = network(name), gf.state_dict(golden_dir, name)
+    tensors = entry.torch(entry.options, 2 if name == "dsmil" else 4)
+    back = to_torch(from_torch(state, tensors, name), tensors, name)
+    assert set(back) == set(state)
+    for key, value in state.items():
+        np.testing.assert_array_equal(back[key], value)
+
+
+def test_a_foreign_checkpoint_is_named(golden_dir):
+    abmil = network("abmil")
+    with pytest.raises(ValueError, match="not a checkpoint of abmil.*attention_net.0.weight.*phi.0.weight"):
+        from_torch(gf.state_dict(golden_dir, "deepsets"), abmil.torch(abmil.options, 4), "abmil")
+    params = from_torch(gf.state_dict(golden_dir, "abmil"), abmil.torch(abmil.options, 4))
+    del params["readout"]["rho"]
+    with pytest.raises(ValueError, match="readout/rho/kernel"):
+        to_torch(params, abmil.torch(abmil.options, 4))
