@@ -244,8 +244,8 @@ class CensorshipEvidence:
         return (
             f"{source}: events and censorings are probably swapped: {'; '.join(self.reasons)}. Median follow-up is "
             f"{self.median_event:.1f} months with event and {self.median_censored:.1f} without; "
-            f"{self.event_fraction:.0%} of {self.n} patients have an event. `event` is 1 = death, `censorship` is 1 = censored: if the column "
-            f"holds the other, rename it"
+            f"{self.event_fraction:.0%} of {self.n} patients have an event. `event` is 1 = death, "
+            f"`censorship` is 1 = censored: if the column holds the other, rename it"
         )
 
 
@@ -298,7 +298,7 @@ def _arrays(time: np.ndarray, event: np.ndarray, source: str = "survival data") 
         raise DataError(f"{source}: time {time.shape} and event {event.shape} must be vectors of equal length")
     if event.dtype != bool and not np.isin(event, (0, 1)).all():
         bad = event[~np.isin(event, (0, 1))][0]
-        raise DataError(f"{source}: event holds {bad!r}; expected 0 (censored) or 1 (death observed)")
+        raise DataError(f"{source}: event holds {bad}; expected 0 (censored) or 1 (death observed)")
     return time, event.astype(bool)
 
 

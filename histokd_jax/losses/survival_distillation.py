@@ -88,8 +88,8 @@ def risk_order_loss(
     """Distils the order of risks: pairwise logistic loss, each pair weighted by how far the target sets it apart.
 
     `sum over pairs of |d_t| log(1 + exp(-sign(d_t) d_s / T)) / sum of |d_t|`, with d_t and d_s the differences of
-    target and trained risk of a pair. Invariant to shifts of either side and to positive scaling of the target; 0 with zero
-    gradient if the target ranks nobody (equal risks, fewer than two valid patients). Couples the batch; cost b^2.
+    target and trained risk of a pair. Invariant to shifts of either side and to positive scaling of the target; 0 with
+    zero gradient if the target ranks nobody (equal risks, fewer than two valid patients). Couples the batch; cost b^2.
 
     Args:
       trained_risk: [b] float that receives the gradient.

@@ -35,7 +35,7 @@ def checked(time: np.ndarray, event: np.ndarray, **others: np.ndarray) -> tuple[
         row = int(np.argmax(time < 0))
         raise ValueError(f"time of patient {row} is {time[row]:g}; follow-up cannot be negative")
     if event.dtype != bool and not np.isin(event, (0, 1)).all():
-        raise ValueError(f"event holds {event[~np.isin(event, (0, 1))][0]!r}; expected 0 (censored) or 1 (death)")
+        raise ValueError(f"event holds {event[~np.isin(event, (0, 1))][0]}; expected 0 (censored) or 1 (death)")
     return (time, event.astype(bool), *list(arrays.values())[1:])
 
 

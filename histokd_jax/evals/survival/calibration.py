@@ -59,9 +59,7 @@ def calibration_at(
     """
     time, event, survival = checked(time, event, survival=survival)
     if groups < 1 or not len(time):
-        raise ValueError(
-            f"calibration needs patients and at least one group; got {len(time)} patients, {groups} groups"
-        )
+        raise ValueError(f"calibration needs patients and a group or more; got {len(time)} patients, {groups} groups")
     outside = (survival < 0) | (survival > 1)
     if outside.any():
         row = int(np.argmax(outside))

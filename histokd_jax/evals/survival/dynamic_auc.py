@@ -89,6 +89,8 @@ def integrated_auc(
 ) -> DynamicAuc:
     """Dynamic AUC by the rule of MCAT's notebook (G-HANet section 7, "Integrated AUC").
 
+    Its published means and spreads are those of `weighted_mean`.
+
     Args:
       risk: [n] float, validation patients.
       time: [n] float.
@@ -97,7 +99,7 @@ def integrated_auc(
       train_event: [m] bool.
       n_times: number of evaluation times.
       percentiles: evaluation times are percentiles of `time` at evenly spaced ranks between these two.
-      truncate_months: cut all follow-up times to whole months first, as published.
+      truncate_months: cut all follow-up (not the evaluation times) to whole months, as published.
 
     Returns:
       As `dynamic_auc`.
@@ -105,11 +107,11 @@ def integrated_auc(
     Raises:
       ValueError: bad arrays, or no patients.
     """
-    if truncate_months:
-        time, train_time = np.floor(time), np.floor(train_time)
     if not len(time):
         raise ValueError("integrated_auc needs validation patients; got none")
     times = np.unique(np.percentile(time, np.linspace(*percentiles, n_times)))
+    if truncate_months:
+        time, train_time = np.floor(time), np.floor(train_time)
     return dynamic_auc(risk, time, event, times, censoring_distribution(train_time, train_event))
 
 
@@ -130,9 +132,7 @@ def _undefined(
     if not len(control):
         return f"nobody was followed beyond {t:g} months"
     if np.isnan(weight[case]).any():
-        return (
-            f"until {t:g} months there are deaths behind {censoring.support:g}, the last time with a censoring weight"
-        )
+        return f"until {t:g} months deaths lie behind {censoring.support:g}, the last time with a censoring weight"
     return ""
 
 

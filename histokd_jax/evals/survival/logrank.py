@@ -74,8 +74,8 @@ def _check_groups(member: np.ndarray, group: np.ndarray, groups: tuple) -> None:
         raise ValueError(f"groups {groups} names a group twice")
     if len(groups) < 2 or not all(sizes.values()):
         raise ValueError(
-            f"the log-rank test compares at least two groups with patients; got patients per group {sizes} (a risk that "
-            f"is the same for most patients leaves one side of a split empty)"
+            f"the log-rank test compares at least two groups with patients; got patients per group {sizes} (a risk "
+            f"that is the same for most patients leaves one side of a split empty)"
         )
     if sum(sizes.values()) != len(group):
         other = sorted(set(group.tolist()) - set(groups), key=str)

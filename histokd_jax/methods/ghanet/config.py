@@ -80,6 +80,7 @@ def default_config() -> ml_collections.ConfigDict:
                 empty_group="keep_top_n",
                 top_n=10,
                 clip=null(float),
+                suffixes=("_mut", "_cnv", "_rnaseq"),
             ),
             model=dict(dim=512, heads=4, head_dim=128, ffn_mult=4, tokens=6, dropout=0.25),
             cab=dict(enabled=True, passes=2, second_attention=nets.OWN, fusion=nets.MEAN, detach_tokens=False),

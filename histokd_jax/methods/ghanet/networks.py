@@ -196,7 +196,7 @@ class CabNet(nn.Module):
         else:
             fn, params = HeadProbabilities(self._patches(0), spec.heads), {**params, "lse": done.lse}
         if spec.detach_map:
-            params = jax.lax.stop_gradient(params)
+            params, bags = jax.lax.stop_gradient(params), bags._replace(patches=jax.lax.stop_gradient(bags.patches))
         aux = {} if seed is None else {"seed": seed}
         return patch_map(fn.scores, params, aux, bags, spec.chunk, spec.pool)
 

@@ -171,6 +171,12 @@ def instance_loss(spec: ObjectiveSpec, outputs: Outputs, label: jax.Array) -> ja
     return jnp.sum(per_class, axis=-1) / (classes if spec.subtyping else 1)
 
 
+def _cleared(outputs: Outputs, where: jax.Array) -> dict[str, jax.Array]:
+    """The instances with zeros in masked slots: garbage there must not reach the gradient."""
+    logits = jnp.where(where[:, None, None, None], outputs[INSTANCE_LOGITS], 0.0)
+    return {INSTANCE_LOGITS: logits, INSTANCE_VALID: jnp.where(where[:, None], outputs[INSTANCE_VALID], 0.0)}
+
+
 def used_slides(spec: ObjectiveSpec, batch: Batch) -> jax.Array:
     """[S] bool: slots with a slide, and with genes if the network reads them."""
     valid = batch["weight"] > 0
@@ -195,7 +201,7 @@ def loss_terms(spec: ObjectiveSpec, outputs: Outputs, batch: Batch) -> dict[str,
         counted = where
         if spec.task == SURVIVAL and spec.instance_on == UNCENSORED:
             counted = where & (batch["event"] > 0)
-        each = jnp.where(counted, instance_loss(spec, outputs, batch["label"]), 0.0)
+        each = jnp.where(counted, instance_loss(spec, _cleared(outputs, counted), batch["label"]), 0.0)
         # A censored bag has no instance term but still counts: the mean of what every bag contributes.
         terms["instance"] = mean_over(each, where)
     if MAX_LOGITS in outputs:

@@ -13,10 +13,10 @@ import numpy as np
 from histokd_jax.nn.affine import TORCH_DEFAULT, Affine
 from histokd_jax.nn.gated_attention import Bags
 from histokd_jax.nn.mil.attention import DROPOUT_LAYERS, AttentionHead
-from histokd_jax.nn.mil.deepsets import EqualWeights
+from histokd_jax.nn.mil.deepsets import PatchLayers
 from histokd_jax.nn.mil.readout import NONE, Readout
 from histokd_jax.ops.dropout import slot_dropout
-from histokd_jax.ops.pooling import CHUNKED, attention_pool
+from histokd_jax.ops.pooling import CHUNKED, attention_pool, layout
 
 # Numbers of the dropout layers: two of the patches, one of the cluster vectors, the attention's, the readout's.
 _CLUSTER_LAYER, _ATTENTION_LAYER = 2, 3
@@ -133,16 +133,17 @@ class DeepAttnMislNet(nn.Module):
         self._check(bags)
         layers = (self.first, self.second)
         stacked = tuple(jax.tree.map(lambda *p: jnp.stack(p), *(a.columns() for a in part)) for part in layers)
+        bags = _by_cluster(bags, self.num_clusters)
 
         def pool(carry: None, cluster: tuple) -> tuple[None, jax.Array]:
             index, params = cluster
-            own = jnp.where(bags.clusters == index, bags.segment_ids, 0)
             mean, _ = attention_pool(
-                EqualWeights(self.rate, dtype=self.dtype),
+                # Products kept for the backward pass would be kept once per cluster.
+                PatchLayers(self.rate, dtype=self.dtype),
                 params,
                 () if seed is None else (seed,),
                 bags.patches,
-                own,
+                jnp.where(bags.clusters == index, bags.segment_ids, 0),
                 bags.positions,
                 num_slots=bags.num_slots,
                 chunk=self.chunk,
@@ -172,3 +173,24 @@ class DeepAttnMislNet(nn.Module):
                 f"cluster ids lie in {used.min()}..{used.max()}, but the network has {self.num_clusters} clusters: fit "
                 "the clusters again with that number, or set model.deepattnmisl.clusters"
             )
+
+
+def _by_cluster(bags: ClusteredBags, num_clusters: int) -> ClusteredBags:
+    """The patches of every device in the order of their clusters, padding last.
+
+    The pool skips chunks without a patch of its cluster. In stored order nearly every chunk holds every cluster, and
+    every patch would run through the layers of all of them; sorted, it costs one copy of the patches.
+    """
+
+    def local(*fields: jax.Array) -> tuple[jax.Array, ...]:
+        _, segment_ids, _, clusters = fields
+        order = jnp.argsort(jnp.where(segment_ids > 0, clusters, num_clusters).reshape(-1))
+        return tuple(jnp.take(t.reshape(-1, *t.shape[2:]), order, axis=0).reshape(t.shape) for t in fields)
+
+    if layout.axes():
+        rows = layout.patch_spec()
+        local = layout.on_shards(local, (rows,) * 4, (rows,) * 4)
+    patches, segment_ids, positions, clusters = local(
+        *map(jnp.asarray, (bags.patches, bags.segment_ids, bags.positions, bags.clusters))
+    )
+    return ClusteredBags(patches, segment_ids, positions, bags.num_slots, clusters)

@@ -34,8 +34,10 @@ def patch_counts(bags: Bags) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class EqualWeights:
+class PatchLayers:
     """Chunk function of a mean: one linear layer or several, each with ReLU and dropout, and equal scores.
+
+    Nothing is kept for the backward pass; see `EqualWeights`.
 
     Attributes:
       rate: dropout of every layer.
@@ -67,18 +69,9 @@ class EqualWeights:
         Returns:
           (h [H, n] in the compute dtype, scores [1, n], all 0).
         """
-        return self.with_products(params, aux, x, segment_ids, positions)[:2]
+        return self._run(params, aux, x, segment_ids, positions, ())[:2]
 
-    def with_products(
-        self,
-        params: tuple[ColumnParams, ...],
-        aux: tuple[jax.Array, ...],
-        x: jax.Array,
-        segment_ids: jax.Array,
-        positions: jax.Array,
-        known: tuple[jax.Array, ...] = (),
-    ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
-        """`__call__`, and its products [., n]; those in `known` are not computed again."""
+    def _run(self, params, aux, x, segment_ids, positions, known) -> tuple[jax.Array, jax.Array, tuple]:
         h, products = x, ()
         for i, layer in enumerate(params):
             # Patches come row by row, activations feature by feature.
@@ -91,6 +84,23 @@ class EqualWeights:
             if aux:
                 h = hash_dropout(h, aux[0], segment_ids, positions, self.rate, self.layer + i)
         return h, jnp.zeros((1, h.shape[1]), products[-1].dtype), products
+
+
+@dataclasses.dataclass(frozen=True)
+class EqualWeights(PatchLayers):
+    """`PatchLayers` whose products may be kept for the backward pass, see `histokd_jax.ops.pooling.features`."""
+
+    def with_products(
+        self,
+        params: tuple[ColumnParams, ...],
+        aux: tuple[jax.Array, ...],
+        x: jax.Array,
+        segment_ids: jax.Array,
+        positions: jax.Array,
+        known: tuple[jax.Array, ...] = (),
+    ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
+        """`__call__`, and its products [., n]; those in `known` are not computed again."""
+        return self._run(params, aux, x, segment_ids, positions, known)
 
 
 class DeepSetsNet(nn.Module):
