@@ -217,9 +217,7 @@ def plan_updates(recipe: Recipe, train: np.ndarray, classes: np.ndarray, seed: i
 def _draw(recipe, train, classes, num_draws, seed, epoch) -> np.ndarray:
     rng = sampling.epoch_rng(seed, epoch, sampling.Stream.DRAW)
     sizes = np.ones(len(train))
-    return train[
-        sampling.draw_epoch(sizes, classes, num_draws, sampler=recipe.sampler, stratified=False, rng=rng)
-    ]
+    return train[sampling.draw_epoch(sizes, classes, num_draws, sampler=recipe.sampler, stratified=False, rng=rng)]
 
 
 def train_risks(cohort: GeneCohort, recipe: Recipe, seeds: Sequence[int]) -> np.ndarray:
