@@ -121,7 +121,7 @@ def risks(args, source: str, name: str, arm: str) -> np.ndarray:
         found = ridge_risks(cohort, alpha=recipe)[None]
     args.workdir.mkdir(parents=True, exist_ok=True)
     np.save(file, found)
-    print(f"{source}/{name} {arm}: {[round(c_index(cohort, row).mean(), 3) for row in found]}", flush=True)
+    print(f"{source}/{name} {arm}: {[round(float(c_index(cohort, row).mean()), 3) for row in found]}", flush=True)
     return found
 
 
