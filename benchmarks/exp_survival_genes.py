@@ -85,10 +85,11 @@ def cohorts(smoke: bool) -> Mapping[str, tuple[str, ...]]:
 
 
 def parts(smoke: bool) -> list[tuple[str, str, str]]:
-    """(source, cohort, arm) of everything to compute."""
-    return [
+    """(source, cohort, arm) of everything to compute, the arms that no preset changes first."""
+    found = [
         (source, name, arm) for source, names in cohorts(smoke).items() for name in names for arm in recipes(source)
     ]
+    return sorted(found, key=lambda part: part[2].startswith("corrected"))
 
 
 def recipes(source: str) -> dict[str, gs.Recipe | float]:
