@@ -73,8 +73,8 @@ def main() -> None:
         },
         metrics={},
         derived=({"smoke": True} if args.smoke else {}) | compare(args),
-        notes="SIMULATED bags, real genes and overall survival (TCGA-BLCA, official folds, one seed). C-index (Harrell) "
-        "from bags alone: mean over folds, population std; intervals are paired bootstraps over patients within folds.",
+        notes="SIMULATED bags, real genes and overall survival (TCGA-BLCA, official folds, one seed). C-index "
+        "(Harrell) from bags alone: mean over folds; paired bootstraps over patients within folds.",
     )
 
 
