@@ -154,9 +154,9 @@ def reference_update(params, rows, genes, label, event, recipe):
         h = genes[rows]
         for i in range(len(recipe.widths)):
             layer = params["body"][f"blocks_{i}"]
-            z = h @ layer["kernel"] + layer["bias"]
+            z = h @ layer["kernel"] + layer["bias"][None]
             h = jax.numpy.where(z > 0, z, jax.numpy.exp(z) - 1)
-        hazard = 1 / (1 + jax.numpy.exp(-(h @ params["head"]["kernel"] + params["head"]["bias"])))
+        hazard = 1 / (1 + jax.numpy.exp(-(h @ params["head"]["kernel"] + params["head"]["bias"][None])))
         total = 0.0
         for i, row in enumerate(rows):
             alive = jax.numpy.prod(1 - hazard[i, : label[row]])
