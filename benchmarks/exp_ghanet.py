@@ -4,7 +4,7 @@
 
 Official folds, last epoch on the reported fold. Arms: G-HANet; the same network with `loss.rec_weight = 0` (no gene is
 ever read: the control that any benefit must beat); and gated-attention MIL. All predict from bags alone. The bags carry
-a planted signal tied to early death and a little of the leading expression components, so the numbers say nothing about
+a planted signal tied to early death, one tied to nothing, and a little of the leading expression components, so the numbers say nothing about
 tissue; the networks are narrower than published, to match small bags.
 """
 
@@ -26,7 +26,7 @@ from histokd_jax.evals import survival_summary
 from histokd_jax.evals.survival import resampling
 from histokd_jax.evals.survival_predictions import read_survival_predictions
 
-COHORT, TASK, MODE = "blca", "early_death", "pathology"
+COHORT, TASK, NUISANCE, MODE = "blca", "early_death", "nuisance", "pathology"
 BAGS = {"tissue_fidelity": 0.7, "feat_dim": 64, "bag_median": 60.0}
 TRAINING = (
     "data.feat_dim=0",
@@ -90,9 +90,12 @@ def cohort(args):
     target = args.workdir / "cohort"
     if not (target / MANIFEST_FILE).exists():
         patients, labels = gs.read_cohort(args.data, "mcat", COHORT), args.workdir / "labels.csv"
-        write_csv(labels, ("case_id", TASK), zip(patients.table.case_id, early_death(patients.time, patients.event)))
+        # A coin per patient: a second visible property that says nothing, and a bag for patients censored early.
+        coin = np.random.default_rng(0).integers(2, size=len(patients.time))
+        shown = early_death(patients.time, patients.event)
+        write_csv(labels, ("case_id", TASK, NUISANCE), zip(patients.table.case_id, shown, coin))
         spec = SimulationSpec(**{**DEMO.__dict__, **BAGS})
-        simulate_bags_for_table(target, spec, labels_path=labels, genes_path=tables(args)[0], tasks=(TASK,))
+        simulate_bags_for_table(target, spec, labels_path=labels, genes_path=tables(args)[0], tasks=(TASK, NUISANCE))
     return target
 
 
