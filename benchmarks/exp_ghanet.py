@@ -4,8 +4,8 @@
 
 Official folds, last epoch on the reported fold. Arms: G-HANet; the same network with `loss.rec_weight = 0` (no gene is
 ever read: the control that any benefit must beat); and gated-attention MIL. All predict from bags alone. The bags carry
-a planted signal tied to early death, one tied to nothing, and a little of the leading expression components, so the numbers say nothing about
-tissue; the networks are narrower than published, to match small bags.
+a planted signal tied to early death, one tied to nothing, and a little of the leading expression components, so the
+numbers say nothing about tissue; the networks are narrower than published, to match small bags.
 """
 
 from __future__ import annotations
