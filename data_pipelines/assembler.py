@@ -33,7 +33,7 @@ class SlideTable:
     """Per-slide values in the order that the planner saw.
 
     Attributes:
-      slide_index: [n] row of each slide in the manifest.
+      slide_index: [n] row of each slide (or sample, see `samples.SampleReader`) in the reader's manifest.
       fields: name -> [n, ...] values that become slot fields [S, ...], e.g. label, genes, has_genes. Stored as bool,
         int32 or float32; other kinds are rejected. Empty slots hold zeros.
     """

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from data_pipelines.errors import DataError
 from data_pipelines.genes import GeneTable
+from data_pipelines.group_tests import benjamini_hochberg, smallest, welch
 from data_pipelines.sampling import draw_epoch
 
 SUFFIXES = ("_mut", "_cnv", "_rnaseq")
@@ -261,7 +261,7 @@ def select_gene_groups(
     if selection != NONE:
         number = {"n_high": int(high[draws].sum()), "n_low": int(low[draws].sum())}
         facts = number | {"unused": len(draws) - sum(number.values())}
-        scores = _welch((values - mean) / std, draws[high[draws]], draws[low[draws]])
+        scores = welch((values - mean) / std, draws[high[draws]], draws[low[draws]])
     kept = _keep(matched, used, scores, selection, p, correction, empty_group, top_n)
     at = np.concatenate([np.searchsorted(used, columns) for columns in kept.values()])
     return GroupSelection(
@@ -276,40 +276,6 @@ def select_gene_groups(
         | {"selection": selection, "p": p, "select_on": select_on, "correction": correction, "seed": seed}
         | {"empty_group": empty_group, "top_n": top_n, "candidates": [len(c) for c in matched.values()]},
     )
-
-
-def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
-    """Adjusted p-values of the false-discovery-rate procedure; NaN stays NaN and is no test.
-
-    Args:
-      p: [m] float.
-
-    Returns:
-      [m] float64: min over k >= rank of p_(k) m / k, at most 1.
-    """
-    out = np.full(len(p), np.nan)
-    valid = np.flatnonzero(~np.isnan(p))
-    order = valid[np.argsort(p[valid], kind="stable")]
-    scaled = p[order] * len(order) / np.arange(1, len(order) + 1)
-    out[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
-    return out
-
-
-def _welch(values: np.ndarray, high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """Two-sided p of Welch's t-test per column; NaN where a column is constant."""
-    if min(len(high), len(low)) < 2:
-        raise DataError(
-            f"gene selection: {len(high)} high-risk and {len(low)} low-risk training patients; the test needs two of "
-            "each: set genes.selection='none' or train on more patients"
-        )
-    a, b = values[high], values[low]
-    square = a.var(axis=0, ddof=1) / len(a), b.var(axis=0, ddof=1) / len(b)
-    total = square[0] + square[1]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        t = (a.mean(axis=0) - b.mean(axis=0)) / np.sqrt(total)
-        freedom = total**2 / (square[0] ** 2 / (len(a) - 1) + square[1] ** 2 / (len(b) - 1))
-    constant = np.ptp(values[np.concatenate([high, low])], axis=0) == 0
-    return np.where(constant, np.nan, 2 * stats.t.sf(np.abs(t), freedom))
 
 
 def _draws(bins: np.ndarray, event: np.ndarray, select_on: str, seed: int) -> np.ndarray:
@@ -331,11 +297,11 @@ def _keep(matched, used, scores, selection, p, correction, empty_group, top_n) -
         if selection == NONE:
             chosen = np.ones(len(at), bool)
         elif selection == TOP_N:
-            chosen = _smallest(scores[at], top_n)
+            chosen = smallest(scores[at], top_n)
         else:
             chosen = adjusted[at] < p
         if not chosen.any() and empty_group == KEEP_TOP_N:
-            chosen = _smallest(scores[at], top_n)
+            chosen = smallest(scores[at], top_n)
         if not chosen.any() and empty_group != SKIP_GROUP:
             raise DataError(
                 f"gene group {group!r} keeps none of its {len(columns)} features (selection {selection!r}, p < {p}): "
@@ -345,14 +311,6 @@ def _keep(matched, used, scores, selection, p, correction, empty_group, top_n) -
     if not any(kept.values()):
         raise DataError("every gene group is empty; set genes.empty_group='keep_top_n' or genes.selection='none'")
     return kept
-
-
-def _smallest(scores: np.ndarray, n: int) -> np.ndarray:
-    """Mask of the n smallest scores, NaN never; the order of the columns decides ties."""
-    chosen = np.zeros(len(scores), bool)
-    order = np.argsort(scores, kind="stable")[:n]
-    chosen[order[~np.isnan(scores[order])]] = True
-    return chosen
 
 
 def _training_rows(table: GeneTable, train_rows: np.ndarray, bins: np.ndarray, event: np.ndarray) -> np.ndarray:

@@ -19,7 +19,8 @@ patches      [R, L, D] float16/float32  rows of patch embeddings; padding rows m
 segment_ids  [R, L]    int32            0 = padding, 1..S = slot of the slide within the *step* (a slide may span rows)
 positions    [R, L]    int32            index of the patch within its bag, 0-based; seeds per-patch dropout
 weight       [S]       float32          1 for a real slide, 0 for an empty slot
-slide_index  [S]       int32            row of the slide in the manifest, -1 for an empty slot
+slide_index  [S]       int32            row of the slide in the manifest (number of the sample if a sample is all slides
+                                        of its case), -1 for an empty slot
 label        [S]       int32            class index (0 in empty slots); of a survival task: time bin
 time_months  [S]       float32          follow-up (survival tasks only; 0 in empty slots)
 event        [S]       float32          1 = death observed, 0 = censored (survival tasks only)
@@ -63,7 +64,8 @@ class Stage:
     Attributes:
       name: handed to `Method.objective`.
       trainable: top-level parameter groups that are updated; others are left bit-identical.
-      monitor_modes: inference modes whose mean validation AUC is the stopping monitor of this stage.
+      monitor_modes: inference modes over which the stopping monitor of this stage is the mean (validation AUC, or
+        C-index of a survival task).
     """
 
     name: str

@@ -14,7 +14,7 @@ from histokd_jax.utils import config
 SPEC = SimulationSpec(
     n_cases=48, feat_dim=12, n_genes=24, bag_median=24.0, bag_min=6, signal_genes=8, seed=4, hazard_log_ratio=2.0
 )
-CONFIG = '''
+CONFIG = """
 from ml_collections import ConfigDict
 
 from . import common
@@ -32,7 +32,7 @@ def get_config(arg=""):
     cfg.genes = dict(kind="none", exclude=(), nan_policy="error", clip=common.placeholder(float))
     cfg.infer.mode = "pathology"
     return cfg
-'''
+"""
 SETTINGS = {
     "fold": "0",
     "data.feat_dim": "0",

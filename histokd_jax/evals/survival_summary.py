@@ -6,67 +6,22 @@ data cannot give is `null` with a `reason` beside it.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from histokd_jax.evals import bootstrap as bs
 from histokd_jax.evals import summary as common
 from histokd_jax.evals.ablation import Measure
-from histokd_jax.evals.survival.censoring import CensoringDistribution, censoring_distribution
-from histokd_jax.evals.survival.concordance import harrell_c, harrell_c_resampled, uno_c
+from histokd_jax.evals.survival.concordance import harrell_c, harrell_c_resampled
+from histokd_jax.evals.survival.groups import SCOPES
+from histokd_jax.evals.survival.resampling import FoldMetric, c_index, pooled_c_index
+from histokd_jax.evals.survival.resampling import compare as paired
+from histokd_jax.evals.survival_measures import LABELS, Reference, fold_metrics, logrank_of
 from histokd_jax.evals.survival_predictions import SurvivalPredictions
 
 FORMAT_VERSION = 1
-LABELS = {
-    "c_index": "C-index (Harrell)",
-    "c_ipcw": "C-index (IPCW)",
-}
 LOWER_IS_BETTER = frozenset({"ibs"})
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Reference:
-    """What the metrics of a fold need of its training part.
-
-    Attributes:
-      time: [m] months of the training patients.
-      event: [m] bool.
-      edges: C + 1 edges of the time bins.
-    """
-
-    time: np.ndarray
-    event: np.ndarray
-    edges: tuple[float, ...]
-
-    @property
-    def censoring(self) -> CensoringDistribution:
-        """Of the training patients."""
-        return censoring_distribution(self.time, self.event)
-
-
-def mean_nll(hazards: np.ndarray, bin_index: np.ndarray, event: np.ndarray, clamp: float = 1e-7) -> float:
-    """Mean negative log-likelihood of discrete hazards (G-HANet section 5, `nll_surv` with a = 0).
-
-    Args:
-      hazards: [n, C] in [0, 1].
-      bin_index: [n] int, time bin.
-      event: [n] bool.
-      clamp: lower bound of the arguments of the logarithms.
-
-    Returns:
-      The mean over patients.
-    """
-    hazards, rows = np.asarray(hazards, np.float64), np.arange(len(bin_index))
-    survival = np.concatenate([np.ones((len(hazards), 1)), np.cumprod(1 - hazards, axis=1)], axis=1)
-
-    def log(x):
-        return np.log(np.maximum(x, clamp))
-
-    death = log(survival[rows, bin_index]) + log(hazards[rows, bin_index])
-    return float(-np.where(event, death, log(survival[rows, np.asarray(bin_index) + 1])).mean())
 
 
 def summarise(
@@ -91,7 +46,9 @@ def summarise(
     Returns:
       {"format_version", "num_bins", "folds", "bootstrap": {...}, "modes": {mode: {"n_rows", "n_patients",
       "per_fold_counts": [{"fold", "n", "events"}], "metrics": {name: {"per_fold", "mean", "std", "ci", "reason", ...}},
-      "groups": {...}}}, **facts}.
+      "pooled": {"c_index", "ci", "reason", "logrank": {scope: {"p", "statistic", "n", "deaths", "reason"}}}}},
+      **facts}.
+      Metrics of predicted survival are absent for a Cox head.
 
     Raises:
       ValueError: a row without follow-up, a fold without reference, or a fact with the name of an entry.
@@ -159,10 +116,14 @@ def print_table(summary: Mapping[str, Any]) -> str:
     lines += [f"{'mode':<12} {'metric':<30} {'mean':>6}    {'std':>5}  {'CI':<16} note"]
     for mode, entry in summary["modes"].items():
         for name, row in entry["metrics"].items():
-            interval = "[" + ", ".join(common.fixed(x) for x in row["ci"]) + "]" if row["ci"] else ""
+            undefined = row["ci"][0] is None
+            interval = "" if undefined else "[" + ", ".join(common.fixed(x) for x in row["ci"]) + "]"
             spread = f"+- {common.fixed(row['std']):>5}" if row["n_folds"] > 1 else " " * 8
             cells = f"{common.fixed(row['mean']):>6} {spread}  {interval:<16} {row['reason'] or ''}"
             lines.append(f"{mode:<12} {LABELS[name]:<30} {cells}".rstrip())
+        test = entry["pooled"]["logrank"]["pooled"]
+        p = test["reason"] if test["p"] is None else f"p = {test['p']:.3g}"
+        lines.append(f"{mode:<12} log-rank of the halves by risk, all folds pooled: {p}")
     left_out = summary.get("left_out") or {}
     if left_out:
         lines.append("left out: " + ", ".join(f"{n} ({reason})" for reason, n in left_out.items()))
@@ -173,19 +134,22 @@ def _summarise_mode(
     rows: SurvivalPredictions, reference: Mapping[int, Reference], bootstrap: int, seed: int
 ) -> dict[str, Any]:
     values, reasons = _fold_values(rows, reference)
-    drawn = _draw(rows, bootstrap, seed)
-    interval = bs.percentile_interval(_c_samples(rows, drawn.weights), level=common.LEVEL, reason=drawn.reason)
+    c = _c_index(rows, bootstrap, seed)
     metrics = {}
     for name, per_fold in values.items():
-        metrics[name] = {"per_fold": per_fold, **common.mean_std(per_fold), "ci": [], "reason": reasons[name] or None}
-    metrics["c_index"] |= {"ci": [interval.low, interval.high], "n_undefined_resamples": interval.n_undefined}
-    metrics["c_index"]["reason"] = "; ".join(r for r in (reasons["c_index"], interval.reason) if r) or None
+        if not np.isnan(per_fold).all() or reasons[name]:
+            facts = {"per_fold": per_fold, **common.mean_std(per_fold)}
+            metrics[name] = {**facts, "ci": [np.nan, np.nan], "reason": reasons[name] or None}
+    reason = "; ".join(r for r in (reasons["c_index"], c.interval.reason) if r) or None
+    facts = {"n_undefined_resamples": c.interval.n_undefined, "reason": reason}
+    metrics["c_index"] |= {"ci": [c.interval.low, c.interval.high], **facts}
     return {
         "n_rows": len(rows),
         "n_patients": len(np.unique(rows.case_id)),
-        "n_redrawn_resamples": drawn.n_redrawn,
+        "n_redrawn_resamples": c.n_redrawn,
         "per_fold_counts": [_counts(rows, k) for k in rows.folds],
         "metrics": metrics,
+        "pooled": _pooled(rows, bootstrap, seed),
     }
 
 
@@ -202,59 +166,36 @@ def _fold_values(
     return {name: np.array(v) for name, v in values.items()}, {name: "; ".join(r) for name, r in reasons.items()}
 
 
-def fold_metrics(rows: SurvivalPredictions, reference: Reference) -> dict[str, tuple[float, str]]:
-    """Every metric of one mode in one fold: name -> (value, why it is NaN or "")."""
-    time, event = rows.time_months, rows.event == 1
-    harrell = harrell_c(rows.risk, time, event)
-    censoring = reference.censoring
-    uno = uno_c(rows.risk, time, event, censoring, tau=np.nextafter(censoring.support, np.inf))
-    return {"c_index": (harrell.value, harrell.reason), "c_ipcw": (uno.value, uno.reason)}
+def _pooled(rows: SurvivalPredictions, bootstrap: int, seed: int) -> dict[str, Any]:
+    """Risks of all folds together: C-index, and the log-rank test of the halves of higher and lower risk."""
+    columns = (rows.case_id, rows.fold, rows.time_months, rows.event == 1, rows.risk)
+    value, interval, reason = pooled_c_index(*columns, resamples=bootstrap, seed=seed)
+    facts = {"c_index": value, "ci": [interval.low, interval.high], "reason": interval.reason or reason or None}
+    return {**facts, "logrank": {scope: logrank_of(rows, scope)[0] for scope in SCOPES}}
 
 
-def _draw(rows: SurvivalPredictions, resamples: int, seed: int) -> bs.Resamples:
-    return bs.draw_resamples(rows.case_id, rows.fold, rows.event, resamples=resamples, seed=seed)
-
-
-def _c_samples(rows: SurvivalPredictions, weights: np.ndarray) -> np.ndarray:
-    """[B] mean over folds of the C-index; folds in which it is undefined are left out, as in the estimate."""
-    found = []
-    for k in rows.folds:
-        own = rows.fold == k
-        part = rows.where(own)
-        time, event = part.time_months, part.event == 1
-        if harrell_c(part.risk, time, event).n_comparable:
-            found.append(harrell_c_resampled(part.risk, time, event, weights[:, own]))
-    return np.mean(found, axis=0) if found else np.full(len(weights), np.nan)
+def _c_index(rows: SurvivalPredictions, resamples: int, seed: int) -> FoldMetric:
+    columns = (rows.case_id, rows.fold, rows.time_months, rows.event == 1, rows.risk)
+    return c_index(*columns, resamples=resamples, seed=seed, level=common.LEVEL)
 
 
 def _compare_mode(a: SurvivalPredictions, b: SurvivalPredictions, bootstrap: int, seed: int) -> dict[str, Any]:
-    drawn = _draw(a, bootstrap, seed)
-    samples = _c_samples(a, drawn.weights) - _c_samples(b, drawn.weights)
-    interval = bs.percentile_interval(samples, level=common.LEVEL, reason=drawn.reason)
-    ours, theirs = (_harrell_per_fold(rows) for rows in (a, b))
-    differences = ours - theirs
-    difference = common.mean_std(differences)["mean"]
-    return {
-        "n_patients": len(np.unique(a.case_id)),
-        "n_redrawn_resamples": drawn.n_redrawn,
-        "metrics": {
-            "c_index": {
-                "distilled": common.mean_std(ours)["mean"],
-                "control": common.mean_std(theirs)["mean"],
-                "difference": difference,
-                "per_fold": differences,
-                "ci": [interval.low, interval.high],
-                "folds_t": common.t_facts(bs.paired_t_interval(differences, level=common.LEVEL)),
-                "verdict": common.verdict(difference, interval.low, interval.high),
-                "reason": interval.reason or None,
-            }
-        },
+    ours, theirs = _c_index(a, bootstrap, seed), _c_index(b, bootstrap, seed)
+    found = paired(ours, theirs, level=common.LEVEL)
+    low, high = found.interval.low, found.interval.high
+    row = {
+        "distilled": ours.value,
+        "control": theirs.value,
+        "difference": found.difference,
+        "per_fold": [ours.folds[k] - theirs.folds[k] for k in ours.folds],
+        "ci": [low, high],
+        "p": found.p,
+        "folds_t": common.t_facts(found.fold_interval),
+        "verdict": common.verdict(found.difference, low, high),
+        "reason": found.interval.reason or None,
     }
-
-
-def _harrell_per_fold(rows: SurvivalPredictions) -> np.ndarray:
-    parts = [rows.where(rows.fold == k) for k in rows.folds]
-    return np.array([harrell_c(part.risk, part.time_months, part.event == 1).value for part in parts])
+    facts = {"n_patients": len(np.unique(a.case_id)), "n_redrawn_resamples": ours.n_redrawn}
+    return {**facts, "metrics": {"c_index": row}}
 
 
 def _counts(rows: SurvivalPredictions, fold: int) -> dict[str, Any]:

@@ -13,7 +13,8 @@ METHODS = {
     "supervised": "histokd_jax.methods.supervised.method",
     "ghanet": "histokd_jax.methods.ghanet.method",
 }
-"""Name -> module with `make_method(config, data) -> Method`, `default_config()` and `validate(config)`."""
+"""Name -> module with `make_method(config, data) -> Method`, `default_config()` and `validate(config)`; optional are
+`TASKS`, the kinds of task it knows (all, if absent), and `CONTROL`, the settings (key -> value) of its control arm."""
 
 
 def method_module(name: str) -> ModuleType:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from histokd_jax.evals.predictions import atomic_writer
 from histokd_jax.evals.summary import compare
-from histokd_jax.report import plots, results
-from histokd_jax.report.html import Cell, Html, element, join, page, section, table
-from histokd_jax.report.run_dir import OVERLAP, SIMULATED, Run, flatten, lambdas, load_run
+from histokd_jax.report import plots, results, survival_results
+from histokd_jax.report.html import Body, Cell, Html, Part, element, join, page, section, table
+from histokd_jax.report.run_dir import CLASSIFICATION, OVERLAP, SIMULATED, SURVIVAL, Run, flatten, lambdas, load_run
 from histokd_jax.report.training import training_figures
 
 BANNERS = {
@@ -27,6 +27,10 @@ BANNERS = {
         "patients.",
     ),
 }
+PUBLISHED = (
+    "The patients that are reported were also the validation part, as in the published protocol. Whatever was selected "
+    "on them is reported on the patients it was selected on, so these numbers are optimistic."
+)
 SHOWN_ELSEWHERE = ("cohort", "simulated", "patient_overlap")
 
 
@@ -54,23 +58,49 @@ def build_report(run_dir: str | os.PathLike[str]) -> pathlib.Path:
 
 def render(run: Run) -> str:
     """The whole page as a string."""
-    comparison = _comparison(run)
+    body = BODIES[run.kind](run)
     title = " · ".join([_name(run), *run.marks])
+    trained = Part("trained", "What was trained", "What was trained", _what_was_trained(run, body.facts))
+    parts = [trained, *body.parts, Part("provenance", "Provenance", "Provenance", _provenance(run))]
     return page(
         title,
-        _header(run),
-        *(element("div", element("strong", BANNERS[mark][0]), BANNERS[mark][1], class_="banner") for mark in run.marks),
-        results.tiles(run, comparison),
-        section("trained", "What was trained", _what_was_trained(run)),
-        section("results", "Results on the test folds", results.results_table(run)),
-        section("distillation", "What distillation bought", results.comparison_section(run, comparison)),
-        section("curves", "ROC and precision-recall", results.curve_figures(run)),
-        section("calibration", "Calibration", results.calibration_figure(run)),
-        section("training", "Training", training_figures(run)),
-        section("folds", "Folds", results.fold_table(run)),
-        section("provenance", "Provenance", _provenance(run)),
+        _header(run, parts),
+        *(_banner(mark) for mark in run.marks),
+        body.tiles,
+        *(section(part.anchor, part.title, part.content) for part in parts),
         element("footer", "Written by histokd_jax. Research software: not a medical device."),
     )
+
+
+def _banner(mark: str) -> Html:
+    strong, text = BANNERS.get(mark, (f"{mark[0].upper()}{mark[1:]}. ", PUBLISHED))
+    return element("div", element("strong", strong), text, class_="banner")
+
+
+def _classification(run: Run) -> Body:
+    comparison = _comparison(run)
+    parts = (
+        Part("results", "Results", "Results on the test folds", results.results_table(run)),
+        Part(
+            "distillation",
+            "What distillation bought",
+            "What distillation bought",
+            results.comparison_section(run, comparison),
+        ),
+        Part("curves", "ROC / PRC", "ROC and precision-recall", results.curve_figures(run)),
+        Part("calibration", "Calibration", "Calibration", results.calibration_figure(run)),
+        Part("training", "Training", "Training", training_figures(run)),
+        Part("folds", "Folds", "Folds", results.fold_table(run)),
+    )
+    facts = {
+        "Classes": run.test.num_classes,
+        "monitor": (run.config.get("early_stop") or {}).get("monitor"),
+        "control": "same student, every lambda at 0",
+    }
+    return Body(results.tiles(run, comparison), parts, facts)
+
+
+BODIES: Mapping[str, Callable[[Run], Body]] = {CLASSIFICATION: _classification, SURVIVAL: survival_results.body}
 
 
 def _comparison(run: Run) -> dict[str, Any] | None:
@@ -93,38 +123,30 @@ def _name(run: Run) -> str:
     return " · ".join(part for part in parts if part) or run.directory.name
 
 
-def _header(run: Run) -> Html:
-    links = {
-        "trained": "What was trained",
-        "results": "Results",
-        "distillation": "What distillation bought",
-        "curves": "ROC / PRC",
-        "calibration": "Calibration",
-        "training": "Training",
-        "folds": "Folds",
-        "provenance": "Provenance",
-    }
+def _header(run: Run, parts: Sequence[Part]) -> Html:
     patients = run.summary["modes"][run.headline_mode]["n_patients"]
     words = f"{results.count(len(run.test.folds), 'fold')}, {results.count(patients, 'test patient')}"
     return element(
         "header",
         element("h1", _name(run)),
         element("p", *(element("span", mark, class_="badge") for mark in run.marks), words),
-        element("nav", *(element("a", text, href=f"#{anchor}") for anchor, text in links.items())),
+        element("nav", *(element("a", part.link, href=f"#{part.anchor}") for part in parts)),
     )
 
 
-def _what_was_trained(run: Run) -> Html:
+def _what_was_trained(run: Run, own: Mapping[str, Any]) -> Html:
+    own = dict(own)
+    monitor, control = own.pop("monitor"), own.pop("control")
     weights = {key.split(".")[-1]: value for key, value in lambdas(run.config).items()}
     facts = {
         "Method": run.manifest.get("method"),
         "Task": run.manifest.get("task"),
         "Data set": run.manifest.get("dataset"),
-        "Classes": run.test.num_classes,
+        **own,
         "Folds": len(run.test.folds),
         "Loss weights": ", ".join(f"{key} = {value:g}" for key, value in weights.items()),
-        "Epoch chosen by": (run.config.get("early_stop") or {}).get("monitor"),
-        "Control": "same student, every lambda at 0" if run.control else "none",
+        "Epoch chosen by": monitor,
+        "Control": control if run.control else "none",
     }
     rows = [[key, Cell(str(value), css="")] for key, value in facts.items() if value not in (None, "")]
     parts = [table(["Item", "Value"], rows, caption="The run.", marks=run.marks)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from histokd_jax.report.style import CSS
 
@@ -13,6 +14,38 @@ VOID = frozenset({"img", "meta", "br"})
 
 class Html(str):
     """Markup that is already escaped."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A section of the page.
+
+    Attributes:
+      anchor: its id.
+      link: its name in the navigation.
+      title: its heading.
+      content: what it shows.
+    """
+
+    anchor: str
+    link: str
+    title: str
+    content: Html
+
+
+@dataclasses.dataclass(frozen=True)
+class Body:
+    """What a kind of task shows of a run.
+
+    Attributes:
+      tiles: the key numbers.
+      parts: its sections.
+      facts: rows of "What was trained"; "monitor" and "control" say how the epoch was chosen and what the control is.
+    """
+
+    tiles: Html
+    parts: tuple[Part, ...]
+    facts: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)

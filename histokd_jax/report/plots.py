@@ -80,7 +80,7 @@ def band_panels(panels: Mapping[str, Sequence[Curve]], *, x: str, y: str, diagon
     Returns:
       Data URI.
     """
-    with _figure(len(panels), height=3.7) as (figure, axes):
+    with canvas(len(panels), height=3.7) as (figure, axes):
         for axis, (title, curves) in zip(axes, panels.items(), strict=True):
             if diagonal:
                 axis.plot([0, 1], [0, 1], color="#b4bcc6", linewidth=1, linestyle=":")
@@ -89,12 +89,12 @@ def band_panels(panels: Mapping[str, Sequence[Curve]], *, x: str, y: str, diagon
             axis.set(title=title, xlabel=x, xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), aspect="equal")
             axis.legend(loc="lower right" if diagonal else "lower left")
         axes[0].set_ylabel(y)
-        return _uri(figure)
+        return data_uri(figure)
 
 
 def calibration_panels(panels: Mapping[str, Calibration], *, x: str, y: str) -> str:
     """Reliability curves with Wilson intervals; the area of a marker grows with the rows in its bin."""
-    with _figure(len(panels), height=4.1) as (figure, axes):
+    with canvas(len(panels), height=4.1) as (figure, axes):
         for axis, (title, curve) in zip(axes, panels.items(), strict=True):
             axis.plot([0, 1], [0, 1], color="#b4bcc6", linewidth=1, linestyle=":")
             error = np.clip([curve.observed - curve.low, curve.high - curve.observed], 0, None)
@@ -104,13 +104,16 @@ def calibration_panels(panels: Mapping[str, Calibration], *, x: str, y: str) -> 
             axis.scatter(curve.confidence, curve.observed, s=12 + 160 * curve.count / curve.count.sum(), color=BLUE)
             axis.set(title=title, xlabel=x, xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
         axes[0].set_ylabel(y)
-        return _uri(figure)
+        return data_uri(figure)
 
 
-def forest(groups: Mapping[str, Sequence[Effect]]) -> str:
+FOREST_AXIS = "difference, distilled - control (right of 0: distillation is better)"
+
+
+def forest(groups: Mapping[str, Sequence[Effect]], x: str = FOREST_AXIS) -> str:
     """Paired differences with intervals, grouped by mode; small dots are the folds."""
     n_rows = len(groups) + sum(len(effects) for effects in groups.values())
-    with _figure(1, height=0.8 + 0.27 * n_rows, wide=True) as (figure, axes):
+    with canvas(1, height=0.8 + 0.27 * n_rows, wide=True) as (figure, axes):
         axis, y = axes[0], 0
         ticks, names = [], []
         for number, (group, effects) in enumerate(groups.items()):
@@ -123,11 +126,11 @@ def forest(groups: Mapping[str, Sequence[Effect]]) -> str:
             y += 1
         axis.axvline(0, color="#1b2430", linewidth=1)
         axis.set_yticks(ticks, names)
-        axis.set(ylim=(y - 0.4, -0.6), xlabel="difference, distilled - control (right of 0: distillation is better)")
+        axis.set(ylim=(y - 0.4, -0.6), xlabel=x)
         # The group headings share the row above their effects; a margin on the left keeps them clear of the intervals.
         axis.margins(x=0.12)
         axis.grid(axis="y", visible=False)
-        return _uri(figure)
+        return data_uri(figure)
 
 
 def line_panels(panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], *, x: str) -> str:
@@ -143,7 +146,7 @@ def line_panels(panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]
     names = list(dict.fromkeys(name for series in panels.values() for name in series))
     colour = {name: SERIES[i % len(SERIES)] for i, name in enumerate(names)}
     columns = min(3, len(panels))
-    with _figure(columns, math.ceil(len(panels) / columns), height=2.35, wide=columns > 1) as (figure, axes):
+    with canvas(columns, math.ceil(len(panels) / columns), height=2.35, wide=columns > 1) as (figure, axes):
         for axis, (title, series) in zip(axes, panels.items(), strict=False):
             for name, (at, value) in series.items():
                 marker = "o" if len(at) == 1 else ""
@@ -153,14 +156,24 @@ def line_panels(panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]
             axis.set_axis_off()
         handles = [_line(colour[name], name) for name in names]
         figure.legend(handles=handles, loc="outside upper right", ncols=min(len(names), 8))
-        return _uri(figure)
+        return data_uri(figure)
 
 
-class _figure:
-    """A constrained-layout figure with a flat list of axes, drawn in the report's style."""
+class canvas:  # noqa: N801  a context manager, named like a function
+    """A constrained-layout figure with a flat list of axes, drawn in the report's style.
 
-    def __init__(self, columns: int, rows: int = 1, *, height: float, wide: bool = False):
-        self._grid = (rows, columns)
+    Args:
+      columns: panels side by side.
+      rows: rows of panels.
+      height: of one row, inches.
+      wide: take the width of the page.
+      ratios: relative heights of the rows.
+    """
+
+    def __init__(
+        self, columns: int, rows: int = 1, *, height: float, wide: bool = False, ratios: Sequence[float] | None = None
+    ):
+        self._grid, self._ratios = (rows, columns), ratios
         self._size = (WIDTH if wide else min(WIDTH, 4.6 * columns), height * rows)
 
     def __enter__(self):
@@ -169,7 +182,7 @@ class _figure:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=self._size, layout="constrained")
-        return figure, list(figure.subplots(*self._grid, squeeze=False).flat)
+        return figure, list(figure.subplots(*self._grid, squeeze=False, height_ratios=self._ratios).flat)
 
     def __exit__(self, *exc) -> None:
         self._context.__exit__(*exc)
@@ -196,7 +209,8 @@ def _line(colour: str, name: str):
     return Line2D([], [], color=colour, label=name)
 
 
-def _uri(figure) -> str:
+def data_uri(figure) -> str:
+    """A figure as a data URI of an SVG image."""
     stream = io.BytesIO()
     figure.savefig(stream, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode("ascii")

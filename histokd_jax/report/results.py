@@ -57,11 +57,11 @@ def tiles(run: Run, comparison: Mapping[str, Any] | None) -> Html:
     for mode, entry in run.summary["modes"].items():
         row = entry["metrics"]["auroc"]
         small = f"95 % CI {interval(row['ci'])}; {count(entry['n_patients'], 'patient')}" + _resampled(unit)
-        shown.append(_tile(f"AUROC, {mode_title(mode)}", number(row["mean"]), small, run))
+        shown.append(tile(f"AUROC, {mode_title(mode)}", number(row["mean"]), small, run))
     if comparison and run.headline_mode in comparison["modes"]:
         row = comparison["modes"][run.headline_mode]["metrics"]["auroc"]
         small = f"95 % CI {interval(row['ci'], signed=True)}; {row['verdict']}"
-        shown.append(_tile("Bought by distillation, AUROC", number(row["difference"], signed=True), small, run))
+        shown.append(tile("Bought by distillation, AUROC", number(row["difference"], signed=True), small, run))
     return element("div", *shown, class_="tiles")
 
 
@@ -87,7 +87,7 @@ def results_table(run: Run) -> Html:
         f"resamples; {resampling['how']}). Class decisions by arg-max."
     )
     header = ["Metric", *(mode_title(mode) for mode in modes)]
-    return join([table(header, rows, caption=caption, marks=run.marks), _notes(notes)])
+    return join([table(header, rows, caption=caption, marks=run.marks), notes_of(notes)])
 
 
 def fold_table(run: Run) -> Html:
@@ -180,7 +180,8 @@ def calibration_figure(run: Run) -> Html:
     return figure(plots.calibration_panels(panels, x=x, y=y), alt=alt, caption=caption, marks=run.marks)
 
 
-def _tile(what: str, value: str, small: str, run: Run) -> Html:
+def tile(what: str, value: str, small: str, run: Run) -> Html:
+    """One key number."""
     return element(
         "div",
         element("span", what, class_="what"),
@@ -195,7 +196,8 @@ def _resampled(unit: str) -> str:
     return "" if unit == "patient" else f", {unit}s resampled"
 
 
-def _notes(notes: list[str]) -> Html:
+def notes_of(notes: list[str]) -> Html:
+    """Folded remarks on what is undefined."""
     if not notes:
         return Html("")
     return element(

@@ -8,6 +8,7 @@ Layout (`control/` repeats it for the same student trained with every lambda at 
                           "command", ...}; only `simulated` is required, everything else is shown if present
   summary.json           evals.summary.summarise of the test predictions
   predictions_test.csv   evals.predictions schema; predictions_val.csv likewise (optional)
+  fold_*/follow_up_train.csv, time_bins.json   what the metrics of a survival task need of the training part
   fold_*/metrics.jsonl   {"step", "epoch", "split": "train" | "val", "stage", metric: value, ...}
 """
 
@@ -19,10 +20,16 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from data_pipelines.follow_up import read_survival
 from histokd_jax.evals.predictions import Predictions, read_predictions
+from histokd_jax.evals.survival_measures import Reference
+from histokd_jax.evals.survival_predictions import SurvivalPredictions, read_survival_predictions
 
 SIMULATED = "simulated bags"
 OVERLAP = "within one patient, across sections"
+CLASSIFICATION, SURVIVAL = "classification", "survival"
+READERS = {CLASSIFICATION: read_predictions, SURVIVAL: read_survival_predictions}
+"""`task_kind` of run_manifest.json (absent: classification) -> reader of its prediction tables."""
 
 
 class RunDirError(ValueError):
@@ -48,8 +55,8 @@ class Run:
     config: Mapping[str, Any]
     manifest: Mapping[str, Any]
     summary: Mapping[str, Any]
-    test: Predictions
-    val: Predictions | None
+    test: Predictions | SurvivalPredictions
+    val: Predictions | SurvivalPredictions | None
     curves: Mapping[int, list[dict[str, Any]]]
     control: Run | None = None
 
@@ -57,7 +64,13 @@ class Run:
     def marks(self) -> tuple[str, ...]:
         """What every title, table and figure must say about the data."""
         overlap = (OVERLAP,) if self.manifest.get("patient_overlap") else ()
-        return ((SIMULATED,) if self.manifest["simulated"] else ()) + overlap
+        protocol = tuple(self.manifest.get("marks", ()))
+        return ((SIMULATED,) if self.manifest["simulated"] else ()) + overlap + protocol
+
+    @property
+    def kind(self) -> str:
+        """The kind of task."""
+        return self.manifest.get("task_kind", CLASSIFICATION)
 
     @property
     def headline_mode(self) -> str:
@@ -83,14 +96,17 @@ def load_run(directory: pathlib.Path, *, with_control: bool = True) -> Run:
     manifest = _read_json(directory / "run_manifest.json")
     if not isinstance(manifest.get("simulated"), bool):
         raise RunDirError(f"{directory / 'run_manifest.json'}: `simulated` must be true or false, the report states it")
-    val = directory / "predictions_val.csv"
+    kind = manifest.get("task_kind", CLASSIFICATION)
+    if kind not in READERS:
+        raise RunDirError(f"{directory / 'run_manifest.json'}: task_kind is {kind!r}, expected one of {list(READERS)}")
+    read, val = READERS[kind], directory / "predictions_val.csv"
     run = Run(
         directory=directory,
         config=_read_json(directory / "config.json"),
         manifest=manifest,
         summary=_read_json(directory / "summary.json"),
-        test=read_predictions(_existing(directory / "predictions_test.csv")),
-        val=read_predictions(val) if val.exists() else None,
+        test=read(_existing(directory / "predictions_test.csv")),
+        val=read(val) if val.exists() else None,
         curves={_fold_number(path): _read_jsonl(path) for path in sorted(directory.glob("fold_*/metrics.jsonl"))},
     )
     _check_summary(run)
@@ -99,6 +115,20 @@ def load_run(directory: pathlib.Path, *, with_control: bool = True) -> Run:
         _check_control(run, control)
         return dataclasses.replace(run, control=control)
     return run
+
+
+def read_references(run: Run) -> dict[int, Reference]:
+    """Fold -> follow-up and time bins of the training part of a survival run.
+
+    Raises:
+      RunDirError: a fold lacks them.
+    """
+    found = {}
+    for k in run.test.folds:
+        folder = run.directory / f"fold_{k}"
+        follow_up = read_survival(_existing(folder / "follow_up_train.csv")).survival
+        found[k] = Reference(*follow_up, tuple(_read_json(folder / "time_bins.json")["edges"]))
+    return found
 
 
 def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -56,10 +56,18 @@ def panels(run: Run, split: str, chosen: Callable[[str], bool]) -> dict[str, Ser
     return found
 
 
-def training_figures(run: Run) -> Html:
-    """All training figures with captions; says so when the run directory holds no curves."""
+VALIDATION_AUC = {"Validation AUC": (is_auc, "AUC on the validation part of each fold, by inference mode.")}
+
+
+def training_figures(run: Run, validation: Mapping[str, tuple[Callable[[str], bool], str]] = VALIDATION_AUC) -> Html:
+    """All training figures with captions; says so when the run directory holds no curves.
+
+    Args:
+      run: the run.
+      validation: title -> (which metrics of the validation part, caption).
+    """
     groups: Mapping[str, tuple[dict[str, Series], str]] = {
-        "Validation AUC": (panels(run, "val", is_auc), "AUC on the validation part of each fold, by inference mode."),
+        **{title: (panels(run, "val", chosen), caption) for title, (chosen, caption) in validation.items()},
         "Loss": (
             _total_loss(run),
             "Total loss (sum of weighted terms), mean per epoch; not comparable between runs with other lambdas.",

@@ -20,6 +20,7 @@ from data_pipelines.manifest import Manifest
 from data_pipelines.splits import Split
 from data_pipelines.table_files import write_csv, write_json
 from histokd_jax.evals import ablation
+from histokd_jax.evals import survival_measures as measures
 from histokd_jax.evals import survival_predictions as tables_of
 from histokd_jax.evals import survival_summary as summaries
 from histokd_jax.evals.survival.concordance import harrell_c
@@ -157,7 +158,7 @@ class SurvivalTask:
             else:
                 out[f"{C_INDEX}_{mode}"] = float("nan")
             if outputs["hazards"].shape[1]:
-                out[f"{NLL}_{mode}"] = summaries.mean_nll(outputs["hazards"], targets[schema.LABEL], event)
+                out[f"{NLL}_{mode}"] = measures.mean_nll(outputs["hazards"], targets[schema.LABEL], event)
         return out
 
     def monitor(self, metrics: Mapping[str, float], modes: Iterable[str]) -> float:
@@ -200,13 +201,13 @@ class SurvivalTask:
         write_csv(directory / FOLLOW_UP_FILE, ("case_id", "time_months", "event"), rows)
         write_json(directory / BINS_FILE, self.facts())
 
-    def read_reference(self, workdir: pathlib.Path, folds: Iterable[int]) -> dict[int, summaries.Reference]:
+    def read_reference(self, workdir: pathlib.Path, folds: Iterable[int]) -> dict[int, measures.Reference]:
         """Fold -> follow-up of its training patients and its time bins."""
         found = {}
         for k in folds:
             directory = workdir / f"fold_{k}"
             bins = self.restore(json.loads((directory / BINS_FILE).read_text())).bins
-            found[k] = summaries.Reference(*read_survival(directory / FOLLOW_UP_FILE).survival, bins.edges)
+            found[k] = measures.Reference(*read_survival(directory / FOLLOW_UP_FILE).survival, bins.edges)
         return found
 
     def run_facts(self, cfg: ConfigDict, cohort: Cohort, folds: Sequence[Split]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Fed:
       batch: device arrays, fields as in `histokd_jax.types.Batch`. They hold until the second next step of the same
         iterator is asked for, which may reuse their memory.
       patches: valid patches of the step on this process.
-      slide_index: [S] int32 on the host; row of each slot in the manifest, -1 for an empty slot.
+      slide_index: [S] int32 on the host; bag of each slot for the reader, -1 for an empty slot.
       host_bytes: bytes that this process sent to its devices for this step.
     """
 

@@ -23,7 +23,7 @@ from data_pipelines.atomic import storage_errors
 from histokd_jax.evals import summary as summaries
 from histokd_jax.evals.predictions import atomic_writer
 from histokd_jax.methods import registry
-from histokd_jax.tasks import Table, Task
+from histokd_jax.tasks import Table, Task, get_task
 from histokd_jax.train import distributed, feed, gene_choice, loop, model_dir, provenance, sharding
 from histokd_jax.train.checkpoint import CheckpointMismatchError
 from histokd_jax.train.experiment import Experiment, FoldData, fold_data, load_experiment, resolve_width, share_shapes
@@ -51,7 +51,7 @@ def train(cfg: ConfigDict, workdir: pathlib.Path, command: Sequence[str] = ()) -
       Interrupted: a signal arrived; checkpoints were written.
     """
     cfg = sharding.resolve_mesh(resolve_width(cfg))
-    registry.method_module(cfg.method).validate(cfg)
+    check_method(cfg)
     distributed.check_agreement(provenance.host_facts(cfg), "configuration, data or versions")
     experiment = load_experiment(cfg)
     numbers = fold_numbers(cfg.fold, len(experiment.folds))
@@ -67,9 +67,28 @@ def train(cfg: ConfigDict, workdir: pathlib.Path, command: Sequence[str] = ()) -
     return result
 
 
+def check_method(cfg: ConfigDict) -> None:
+    """Refuses a configuration that its method cannot train.
+
+    Raises:
+      ValueError: contradictory settings, or a kind of task that the method does not know (`TASKS` of its module).
+    """
+    module = registry.method_module(cfg.method)
+    kind = get_task(cfg).kind
+    if kind not in getattr(module, "TASKS", (kind,)):
+        raise ValueError(f"method {cfg.method} knows {', '.join(module.TASKS)}, not task_kind={kind}")
+    module.validate(cfg)
+
+
 def control_config(cfg: ConfigDict) -> ConfigDict | None:
-    """The same configuration with every distillation weight at 0, or None if it is one itself or not wanted."""
-    weights = {key: 0.0 for key, value in config_utils.flatten(cfg).items() if key.startswith("loss.lambda_") and value}
+    """The same configuration with every distillation weight at 0, or None if it is one itself or not wanted.
+
+    Weights are the keys loss.lambda_*, and those that the module of the method names in `CONTROL` (key -> value).
+    """
+    flat = config_utils.flatten(cfg)
+    weights = {key: 0.0 for key, value in flat.items() if key.startswith("loss.lambda_") and value}
+    own = getattr(registry.method_module(cfg.method), "CONTROL", {})
+    weights |= {key: value for key, value in own.items() if flat[key] != value}
     if not cfg.compare.control or not weights:
         return None
     control = ConfigDict(cfg.to_dict())

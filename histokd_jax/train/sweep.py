@@ -24,7 +24,6 @@ from ml_collections import ConfigDict
 from data_pipelines.atomic import storage_errors
 from histokd_jax.evals import ablation
 from histokd_jax.evals.predictions import atomic_writer
-from histokd_jax.methods import registry
 from histokd_jax.tasks import Table
 from histokd_jax.train import distributed, gene_choice, provenance, replica_step, replicas, run, sharding
 from histokd_jax.train.checkpoint import CheckpointMismatchError
@@ -114,7 +113,7 @@ def prepare(settings: Mapping[str, ConfigDict], reference: str, seeds: Sequence[
                 f"mesh.data={cfg.mesh.data}: a sweep divides whole trainings, not rows; set mesh.data=1, mesh.replica=N"
             )
         try:
-            registry.method_module(cfg.method).validate(cfg)
+            run.check_method(cfg)
             _check_widths(cfg)
             key = _data_key(cfg)
             if key not in loaded:

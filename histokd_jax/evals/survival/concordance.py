@@ -136,25 +136,25 @@ def harrell_c_resampled(
     return np.divide(score, total, out=np.full(len(weights), np.nan), where=total > 0)
 
 
-def append_missing_as_zero(
-    risk: np.ndarray, time: np.ndarray, event: np.ndarray, n_missing: int
+def count_missing_as_zero(
+    risk: np.ndarray, time: np.ndarray, event: np.ndarray, missing: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What the released evaluation counts for patients without features: risk 0, time 0, death (deviation D17).
+    """What the released evaluation makes of patients without features: risk 0, time 0, death (deviation D17).
 
-    Every other risk is below 0, so each such patient is "ranked correctly" before everybody else. This exists only to
-    reproduce published numbers; elsewhere such patients are left out and reported.
+    Every real risk of a hazard model is below 0, so each such patient is "ranked correctly" before everybody else. This
+    exists only to reproduce published numbers; elsewhere such patients are left out and reported.
 
     Args:
-      risk: [n] float.
+      risk: [n] float; anything where missing.
       time: [n] float.
       event: [n] bool.
-      n_missing: how many patients had no features.
+      missing: [n] bool, patients without features.
 
     Returns:
-      risk, time and event with `n_missing` more rows.
+      risk, time and event with those patients replaced.
     """
-    zeros = np.zeros(n_missing)
-    return np.append(risk, zeros), np.append(time, zeros), np.append(event, np.ones(n_missing, bool)).astype(bool)
+    missing = np.asarray(missing, bool)
+    return np.where(missing, 0.0, risk), np.where(missing, 0.0, time), np.asarray(event, bool) | missing
 
 
 def _pairs(

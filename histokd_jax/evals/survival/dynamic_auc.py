@@ -89,7 +89,8 @@ def integrated_auc(
 ) -> DynamicAuc:
     """Dynamic AUC by the rule of MCAT's notebook (G-HANet section 7, "Integrated AUC").
 
-    Its published means and spreads are those of `weighted_mean`.
+    The published means and spreads are those of `weighted_mean`, with one training row per *slide*, which counts
+    patients with several slides more than once; give one row per patient unless you reproduce those numbers.
 
     Args:
       risk: [n] float, validation patients.

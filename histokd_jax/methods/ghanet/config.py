@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import ml_collections
 
 from histokd_jax.losses.survival import CLAMPS
-from histokd_jax.methods.ghanet import networks as nets
-from histokd_jax.methods.ghanet.networks import NetworkSpec
+from histokd_jax.methods.ghanet import spec as nets
 from histokd_jax.methods.ghanet.objective import COX, REC_TERMS, SURVIVAL_LOSSES, ObjectiveSpec
+from histokd_jax.methods.ghanet.spec import NetworkSpec
 from histokd_jax.ops.pooling import IMPLS
 
 CARRY, DROP, FLUSH = "carry", "drop", "flush_scaled"

@@ -15,7 +15,8 @@ import ml_collections
 from histokd_jax import losses
 from histokd_jax.methods.ghanet import objective as objectives
 from histokd_jax.methods.ghanet.config import FAITHFUL, default_config, network_spec, objective_spec, validate
-from histokd_jax.methods.ghanet.networks import CAB, HEADS, HSB, NETWORKS, NetworkSpec, build
+from histokd_jax.methods.ghanet.networks import CAB, HEADS, HSB, NETWORKS, build
+from histokd_jax.methods.ghanet.spec import NetworkSpec
 from histokd_jax.nn.gated_attention import Bags
 from histokd_jax.types import SURVIVAL, Batch, DataSpec, Extra, Method, Mode, Outputs, Params, Stage
 

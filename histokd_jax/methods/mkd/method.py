@@ -22,10 +22,11 @@ from histokd_jax.methods.mkd.config import (
 )
 from histokd_jax.methods.mkd.networks import GENOMIC, MULTIMODAL, NETWORKS, STUDENT, NetworkSpec, build
 from histokd_jax.nn.gated_attention import Bags
-from histokd_jax.types import Batch, DataSpec, Extra, Method, Mode, Outputs, Params, Stage
+from histokd_jax.types import CLASSIFICATION, Batch, DataSpec, Extra, Method, Mode, Outputs, Params, Stage
 
-__all__ = ["FAITHFUL", "default_config", "make_method", "validate"]
+__all__ = ["FAITHFUL", "TASKS", "default_config", "make_method", "validate"]
 
+TASKS = (CLASSIFICATION,)
 PATHOLOGY, BOTH, GENOMICS = "pathology", "both", "genomics"
 _NETWORK_OF_MODE = {PATHOLOGY: STUDENT, BOTH: MULTIMODAL, GENOMICS: GENOMIC}
 _LETTER = {STUDENT: "P", MULTIMODAL: "M", GENOMIC: "G"}

@@ -138,6 +138,7 @@ ABMIL = Network(
     torch=_abmil_torch,
     choices={"fusion": FUSIONS, "init": (TORCH_DEFAULT, XAVIER_NORMAL)},
     initializer=lambda options: None if options["init"] == TORCH_DEFAULT else options["init"],
+    may_be_zero=("rho",),
 )
 
 

@@ -102,21 +102,28 @@ def validate(config: ml_collections.ConfigDict) -> None:
         _require(lookup(config, key) in allowed, config, key, f"one of {allowed}")
     for option, allowed in entry.choices.items():
         _require(options[option] in allowed, config, f"model.{config.model.name}.{option}", f"one of {allowed}")
-    _validate_ranges(config, options)
+    _validate_ranges(config, entry, options)
     _validate_combinations(config, entry)
 
 
-def _validate_ranges(config: ml_collections.ConfigDict, options: Mapping[str, Any]) -> None:
+def _validate_ranges(config: ml_collections.ConfigDict, entry: Network, options: Mapping[str, Any]) -> None:
     for key in ("loss.alpha", "loss.instance_weight", "loss.max_weight"):
         _require(0.0 <= lookup(config, key) <= 1.0, config, key, "a number in [0, 1]")
     _require(lookup(config, "loss.l1") >= 0.0, config, "loss.l1", "a weight >= 0")
     _require(config.data.chunk >= 1, config, "data.chunk", "a positive integer")
     for option, value in options.items():
-        key = f"model.{config.model.name}.{option}"
-        if "dropout" in option:
-            _require(0.0 <= value < 1.0, config, key, "a drop probability in [0, 1)")
-        elif isinstance(value, int) and not isinstance(value, bool):
-            _require(value >= 0, config, key, "an integer >= 0")
+        _validate_option(config, entry, option, value)
+
+
+def _validate_option(config: ml_collections.ConfigDict, entry: Network, option: str, value: Any) -> None:
+    key, default = f"model.{config.model.name}.{option}", entry.options[option]
+    if "dropout" in option:
+        _require(0.0 <= value < 1.0, config, key, "a drop probability in [0, 1)")
+    elif isinstance(default, int) and not isinstance(default, bool):
+        least = 0 if default == 0 or option in entry.may_be_zero else 1
+        _require(value >= least, config, key, f"an integer >= {least}")
+    elif option == "widths":
+        _require(len(value) > 0 and min(value) >= 1, config, key, "positive integers")
 
 
 def _require(condition: bool, config: ml_collections.ConfigDict, key: str, expected: str) -> None:

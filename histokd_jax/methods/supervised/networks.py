@@ -91,6 +91,7 @@ class Network:
       initializer: (options) -> None, or the name in `histokd_jax.nn.mil.redraw.KERNELS` with which every kernel is
         drawn anew after construction (biases then 0), as some of the public codes do.
       l1: top-level parameter names under the L1 term; () for all of them.
+      may_be_zero: integer options for which 0 has a meaning although their default is another number.
       instance_classes: whether the network has one instance head per class, which rules out a Cox head.
     """
 
@@ -101,6 +102,7 @@ class Network:
     choices: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     initializer: Callable[[Options], str | None] = lambda options: None
     l1: tuple[str, ...] = ()
+    may_be_zero: tuple[str, ...] = ()
     instance_classes: bool = False
 
 

@@ -185,7 +185,13 @@ def _by_cluster(bags: ClusteredBags, num_clusters: int) -> ClusteredBags:
     def local(*fields: jax.Array) -> tuple[jax.Array, ...]:
         _, segment_ids, _, clusters = fields
         order = jnp.argsort(jnp.where(segment_ids > 0, clusters, num_clusters).reshape(-1))
-        return tuple(jnp.take(t.reshape(-1, *t.shape[2:]), order, axis=0).reshape(t.shape) for t in fields)
+
+        def ordered(t: jax.Array) -> jax.Array:
+            # A permutation is within bounds; the check would cost a second copy.
+            flat = t.reshape(-1, *t.shape[2:]).at[order]
+            return flat.get(mode="promise_in_bounds", unique_indices=True).reshape(t.shape)
+
+        return tuple(map(ordered, fields))
 
     if layout.axes():
         rows = layout.patch_spec()

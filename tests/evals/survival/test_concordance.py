@@ -152,8 +152,9 @@ def test_time_zero_is_an_ordinary_time():
 
 def test_C25_missing_patients_counted_as_zero_rank_above_everybody():
     risk, time, event = cohort(4)
-    risk = risk - risk.max() - 0.1
-    plain, inflated = cc.harrell_c(risk, time, event), cc.harrell_c(*cc.append_missing_as_zero(risk, time, event, 1))
-    expected = (plain.value * plain.n_comparable + 80) / (plain.n_comparable + 80)
+    risk, missing = risk - risk.max() - 0.1, np.arange(80) == 7
+    plain = cc.harrell_c(risk[~missing], time[~missing], event[~missing])
+    inflated = cc.harrell_c(*cc.count_missing_as_zero(np.where(missing, np.nan, risk), time, event, missing))
+    expected = (plain.value * plain.n_comparable + 79) / (plain.n_comparable + 79)
     np.testing.assert_allclose(inflated.value, expected, rtol=1e-12)
     assert inflated.value > plain.value

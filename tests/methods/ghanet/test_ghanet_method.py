@@ -127,6 +127,7 @@ ABLATIONS = {
     "uniform": {"hsb__map": "uniform"},
     "ratio": {"hsb__ratio": 1.0},
     "free_map": {"hsb__detach_map": False},
+    "detached_tokens": {"cab__detach_tokens": True},
     "prob": {"hsb__map_source": "prob"},
     "first_pass": {"hsb__map_pass": "first"},
     "no_hyper": {"hsb__hyper_layer": False},
@@ -144,8 +145,14 @@ ABLATIONS = {
 }
 
 
+@pytest.fixture(scope="module")
+def standard(method, params):
+    """Loss and gradient of the faithful network."""
+    return jax.jit(jax.value_and_grad(step_loss(method, setup.batch(), jax.random.key(1))))(params)
+
+
 @pytest.mark.parametrize("name", ABLATIONS)
-def test_every_ablation_trains_and_predicts(method, params, name):
+def test_every_ablation_trains_and_predicts(params, standard, name):
     """Each switch gives a finite loss and gradient, and (with the same values where names agree) another result."""
     other = setup.small_method(**ABLATIONS[name], data__pool="segment")
     own = jax.jit(other.init)(jax.random.key(0))[0]
@@ -157,7 +164,6 @@ def test_every_ablation_trains_and_predicts(method, params, name):
     found = jax.jit(lambda p: other.predict(p, {}, {}, fields, "pathology"))(deployed)
     assert found["risk"].shape == (4,) and np.isfinite(found["risk"]).all()
     assert found["hazards"].shape == ((4, 0) if name == "cox" else (4, 4))
-    standard = jax.jit(jax.value_and_grad(step_loss(method, batch, jax.random.key(1))))(params)
     same = jax.tree.structure(own) == jax.tree.structure(params) and name != "bf16"
     if same and float(standard[0]) == float(value):
         differ = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), grads, standard[1])
@@ -217,9 +223,9 @@ def test_C26_same_seed_gives_identical_losses(method):
     assert first == train(method, 3) and first != train(method, 4)
 
 
-@pytest.mark.parametrize("axes", [(4, 1), (2, 4)])
-def test_devices_give_the_values_and_gradients_of_one(params, axes):
-    method = setup.small_method(data__pool="chunked")
+@pytest.mark.parametrize("axes,detach", [((4, 1), True), ((2, 4), True), ((2, 4), False)])
+def test_devices_give_the_values_and_gradients_of_one(params, axes, detach):
+    method = setup.small_method(data__pool="chunked", hsb__detach_map=detach)
     batch = setup.packed(setup.bags(), rows=8) | setup.slot_fields(len(setup.SIZES))
     key = jax.random.key(2)
     expected = jax.jit(jax.value_and_grad(step_loss(method, batch, key)))(params)
