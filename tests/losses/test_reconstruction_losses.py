@@ -39,7 +39,7 @@ def test_C13_repeating_the_features_of_a_group_changes_neither_term():
     r, z = pair()
     once, twice = group_errors(r, z, (2, 4)), group_errors(*(np.repeat(a, 2, axis=1) for a in (r, z)), (4, 8))
     for a, b in zip(once, twice):
-        np.testing.assert_allclose(a, b, rtol=1e-5)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_groups_are_consecutive_blocks_and_an_empty_one_costs_nothing():

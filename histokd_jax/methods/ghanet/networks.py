@@ -257,7 +257,7 @@ class HsbNet(nn.Module):
         params = {"proj": self.patch_proj.columns(), "norm": self.patch_norm.weights()}
         if spec.map in (BOTH, MORPHOLOGY):
             params["gate"] = self.gate.columns()
-        aux = {"positions": bags.positions.reshape(-1)} | ({} if seed is None else {"seed": seed})
+        aux = {"positions": jnp.asarray(bags.positions).reshape(-1)} | ({} if seed is None else {"seed": seed})
         if spec.reads_map:
             kept = select_largest(values, bags.segment_ids, bags.num_slots, spec.ratio, spec.min_k)
             (aux if spec.detach_map else params)["map"] = kept.reshape(kept.shape[0], -1)
