@@ -1,6 +1,6 @@
 """G-HANet on a planted cohort: does it learn, find the planted patches, and rebuild the groups that carry signal?
 
-    python -m benchmarks.exp_ghanet_planted [--seeds 0,1] [--rec-weight 0.3] [--out FILE]
+    python -m benchmarks.exp_ghanet_planted [--seeds 0,1] [--rec-weight 0.3] [--torch] [--out FILE]
 
 Check C27 of the specification: 120 training and 40 held-out patients with a latent z ~ N(0, 1); 40 to 60 patches
 |N(0, 1)| in 1024-d, a fifth of them (at least five) shifted by 1 + 0.35 z on the first 64 coordinates; two gene groups
@@ -138,24 +138,26 @@ def fit(run: GHanet, cohort: Cohort, seed: int, epochs: int, learning_rate: floa
     return params
 
 
-def measure(run: GHanet, params: Any, cohort: Cohort) -> dict[str, Any]:
-    """C-index, mass of Q on planted patches, cosine of reconstruction and target per group, on held-out patients."""
+def predict(run: GHanet, params: Any, cohort: Cohort) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Risk [n], reconstruction [n, groups, 8] and Q [groups, N] of every patient."""
     batch = batch_of(cohort)
     details = jax.jit(run.details)(params, batch)
     risk = jax.jit(lambda p: run.predict(p, {}, {}, batch, "pathology")["risk"])(params)
     q = np.asarray(jax.jit(run.patch_weights)(params, batch)["Q"])
-    mass = np.sum(q * cohort.planted[None], axis=2).mean(axis=1)
-    predicted = np.asarray(details["reconstruction"]).reshape(-1, len(GROUPS), 8)
+    parts = np.asarray(details["reconstruction"]).reshape(-1, len(GROUPS), 8)
+    return np.asarray(risk), parts, [q[:, i, :n] for i, n in enumerate(cohort.size)]
+
+
+def measure(cohort: Cohort, risk: np.ndarray, parts: np.ndarray, q: list[np.ndarray]) -> dict[str, Any]:
+    """C-index, mass of Q on planted patches, cosine of reconstruction and target per group, of held-out patients."""
+    mass = np.mean([x @ planted[: x.shape[1]] for x, planted in zip(q, cohort.planted)], axis=0)
     target = cohort.genes.reshape(-1, len(GROUPS), 8)
-    norms = np.linalg.norm(predicted, axis=2) * np.linalg.norm(target, axis=2)
-    cosines = (np.sum(predicted * target, axis=2) / norms).mean(axis=0)
-    score = harrell_c(np.asarray(risk, np.float64), cohort.time, cohort.event)
-    best = harrell_c(cohort.z, cohort.time, cohort.event)
+    norms = np.linalg.norm(parts, axis=2) * np.linalg.norm(target, axis=2)
     return {
-        "c_index": score.value,
-        "c_index_of_z": best.value,
+        "c_index": harrell_c(risk.astype(np.float64), cohort.time, cohort.event).value,
+        "c_index_of_z": harrell_c(cohort.z, cohort.time, cohort.event).value,
         "q_mass": mass.tolist(),
-        "cosines": cosines.tolist(),
+        "cosines": (np.sum(parts * target, axis=2) / norms).mean(axis=0).tolist(),
     }
 
 
@@ -180,7 +182,17 @@ def experiment(
     """Simulates, trains and measures one seed."""
     cohort, run = simulate(seed), build(rec_weight, overrides or {})
     params = fit(run, cohort.rows(np.arange(TRAIN)), seed, epochs, learning_rate)
-    return measure(run, params, cohort.rows(np.arange(TRAIN, TRAIN + TEST)))
+    held_out = cohort.rows(np.arange(TRAIN, TRAIN + TEST))
+    return measure(held_out, *predict(run, params, held_out))
+
+
+def torch_experiment(seed: int, epochs: int = EPOCHS) -> dict[str, Any]:
+    """The same with the bag-by-bag PyTorch network, for comparison."""
+    from benchmarks import torch_ghanet
+
+    cohort = simulate(seed)
+    found = torch_ghanet.fit_and_predict(cohort, TRAIN, GROUPS, WINDOW, epochs, seed)
+    return measure(cohort.rows(np.arange(TRAIN, TRAIN + TEST)), *found)
 
 
 def main() -> None:
@@ -190,13 +202,17 @@ def main() -> None:
     parser.add_argument("--rec-weight", type=float, default=0.3)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--width", type=int, default=512, help="model.dim; smaller widths are not the reference")
+    parser.add_argument("--torch", action="store_true", help="train the PyTorch network of benchmarks.torch_ghanet")
     parser.add_argument("--out", type=pathlib.Path, default=None)
     args = parser.parse_args()
     overrides = {"model.dim": args.width, "model.head_dim": args.width // 4}
     results = {}
     for seed in map(int, args.seeds.split(",")):
         begin = time.perf_counter()
-        result = experiment(seed, args.rec_weight, args.epochs, overrides=overrides)
+        if args.torch:
+            result = torch_experiment(seed, args.epochs)
+        else:
+            result = experiment(seed, args.rec_weight, args.epochs, overrides=overrides)
         results[str(seed)] = {**result, "accepted": accepted(result), "seconds": time.perf_counter() - begin}
         print(json.dumps({"seed": seed, **results[str(seed)]}), flush=True)
     if args.out:
