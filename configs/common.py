@@ -87,7 +87,11 @@ def base() -> ConfigDict:
             lr=2e-4,
             wd=1e-5,
             decay_bias=True,
+            optimizer="adamw",  # adamw: decay beside the gradient | adam_l2: L2 in the gradient, as many authors train
+            betas=(0.9, 0.999),
+            # constant | cosine50_floor0 | cosine50_periodic | cosine_to_max_epochs | cosine_to_floor (train.lr_floor)
             lr_schedule="cosine50_floor0",
+            lr_floor=0.0,
             max_epochs=100,
             sampler="class_balanced_replacement",
             drop_last=True,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from data_pipelines import packing, schema
+from data_pipelines import packing, schema, windows
 from data_pipelines.assembler import Reader
 from data_pipelines.cohort import Cohort
 from data_pipelines.genes import GeneTable
@@ -268,7 +268,7 @@ def _sizes(experiment: Experiment, rows: np.ndarray) -> np.ndarray:
 def _train_plan(experiment: Experiment, split: Split, method: Method, labels: np.ndarray) -> packing.PackPlan:
     cfg = experiment.cfg
     if not cfg.train.drop_last:
-        raise ValueError("train.drop_last=False: a batch-coupled step holds exactly train.b slides; keep it True")
+        raise ValueError("train.drop_last=False is not possible; keep it True (G-HANet chooses with train.remainder)")
     sizes = _sizes(experiment, split.train)
     options = packing.PlanOptions(
         epochs=cfg.train.max_epochs,
@@ -289,6 +289,8 @@ def _train_plan(experiment: Experiment, split: Split, method: Method, labels: np
         slides_per_step=cfg.train.b,
         grouping=cfg.data.grouping,
         batching="packed" if cfg.train.batching == "packed" else "padded",
+        # Methods whose loss divides by a fixed window choose it; all others leave out what fills no step.
+        remainder=cfg.train.get("remainder", windows.DROP),
     )
 
 
