@@ -48,6 +48,7 @@ def base() -> ConfigDict:
             genes="",  # table of genes; empty: tables/genes.npz of the data set
             cnv="",  # table of copy numbers, only for variants with two gene streams
             survival="",  # table of survival; empty: tables/survival.csv of the data set
+            clusters="",  # NPZ file of cluster ids (DeepAttnMISL); empty: fitted on the training part of every fold
             unit="case",  # case: one slide per case | slide: every slide is a sample, tables keyed by slide id
             feat_dim=1024,  # must match the data set; 0: taken from it
             slide_choice="first_sorted",  # first_sorted | largest_bag | listing_order | all: every slide, one bag

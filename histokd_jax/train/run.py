@@ -316,6 +316,8 @@ def finish_fold(job: loop.Job, experiment: Experiment, result: loop.Fit) -> None
     model_dir.export(job.directory / "model", result.params, experiment, job.data, job.fold)
     if distributed.is_main():
         job.data.task.write_reference(job.directory, experiment.cohort, job.data.split.train)
+        if job.data.clusters is not None:
+            job.data.clusters.write_ids(job.directory, experiment.reader)
     for part in job.data.evaluation:
         table = loop.predictions(job, part, result)
         if distributed.is_main():
