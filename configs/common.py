@@ -48,6 +48,7 @@ def base() -> ConfigDict:
             genes="",  # table of genes; empty: tables/genes.npz of the data set
             cnv="",  # table of copy numbers, only for variants with two gene streams
             survival="",  # table of survival; empty: tables/survival.csv of the data set
+            clusters="",  # NPZ file of cluster ids (DeepAttnMISL); empty: fitted on the training part of every fold
             unit="case",  # case: one slide per case | slide: every slide is a sample, tables keyed by slide id
             feat_dim=1024,  # must match the data set; 0: taken from it
             slide_choice="first_sorted",  # first_sorted | largest_bag | listing_order | all: every slide, one bag
@@ -87,7 +88,11 @@ def base() -> ConfigDict:
             lr=2e-4,
             wd=1e-5,
             decay_bias=True,
+            optimizer="adamw",  # adamw: decay beside the gradient | adam_l2: L2 in the gradient, as many authors train
+            betas=(0.9, 0.999),
+            # constant | cosine50_floor0 | cosine50_periodic | cosine_to_max_epochs | cosine_to_floor (train.lr_floor)
             lr_schedule="cosine50_floor0",
+            lr_floor=0.0,
             max_epochs=100,
             sampler="class_balanced_replacement",
             drop_last=True,

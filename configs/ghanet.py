@@ -103,8 +103,6 @@ def _trainer(cfg) -> None:
             "split.val_fraction": 0.0,
         },
     )
-    # adamw: decay beside the gradient | adam_l2: in the gradient, as the authors train.
-    cfg.train.optimizer = "adamw"
     # Patients that do not fill a window: drop | flush_scaled | carry, into the first step of the next epoch (D19).
     cfg.train.remainder = "drop"
 

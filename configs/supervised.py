@@ -2,9 +2,14 @@
 
     histokd train --config configs/supervised.py:abmil,task=OS --workdir runs/abmil --config.data.dir=DATASET
 
-Words: the network (snn deepsets abmil deepattnmisl clam_sb clam_mb dsmil) or a variant of one (see VARIANTS), survival
-or classification, concat or bilinear (late fusion of deepsets, abmil, deepattnmisl), mean (Deep Sets), smoke.
+Words: the network (snn deepsets abmil deepattnmisl clam_sb clam_mb dsmil transmil mcat porpoise_mmf survpath) or a
+variant of one (see VARIANTS), survival or classification, concat or bilinear (late fusion of deepsets, abmil,
+deepattnmisl; fusion of mcat), mean (Deep Sets), corrected (the default, by name) or published, smoke.
 Settings: fold=all|0..4, task=NAME, seed=N. The options of every network are the section model.NAME.
+
+published: survival as MCAT and PORPOISE train every network, or a classifier as its own authors do. One difference is
+left: patients that fill no step of an epoch are left out, where the published code adds their gradients to the next
+epoch's first step. SurvPath and TransMIL as a classifier need RAdam, which the trainer lacks: the word is refused.
 """
 
 from . import common
@@ -21,8 +26,27 @@ NETWORKS = {
     "clam_sb": dict(width=512, attn=256, instances=8, gated=True, dropout=DROPOUT),
     "clam_mb": dict(width=512, attn=256, instances=8, gated=True, dropout=DROPOUT),
     "dsmil": dict(query=128, linear_query=False, passing_value=False, dropout=0.0, init="orthogonal"),
+    "transmil": dict(width=512, heads=8, landmarks=256, dropout=0.1, tile=256),
+    "mcat": dict(width=256, fusion="concat", dropout=DROPOUT),
+    "porpoise_mmf": dict(
+        width=256,
+        patch_width=512,
+        attn=256,
+        scale=8,
+        gate_path=True,
+        gate_omic=True,
+        skip=True,
+        use_mlp=False,
+        dropout=DROPOUT,
+        input_dropout=0.1,
+    ),
+    "survpath": dict(
+        width=256, attn=128, hidden=64, dropout=DROPOUT, feed_dropout=0.1, padding="corrected", bag_size=4096
+    ),
 }
-FUSED = ("deepsets", "abmil", "deepattnmisl")
+FUSED = ("deepsets", "abmil", "deepattnmisl", "mcat")
+# Networks that read genes whatever their options, and how.
+GENES = {"snn": "all", "mcat": "groups", "porpoise_mmf": "all", "survpath": "groups"}
 
 # One protocol for a fair comparison: fixed epochs, last state, all other patients of the fold train.
 SHARED = {
@@ -35,6 +59,7 @@ SHARED = {
     "split.val_fraction": 0.0,
     "compare.control": False,
 }
+SURVIVAL = {"data.slide_choice": "all", "survival.bins_from": "train_fold"}
 # What the authors of a network trained with, where it differs and the task is theirs.
 CLASSIFIERS = {
     "clam_sb": {
@@ -56,7 +81,34 @@ CLASSIFIERS = {
     },
 }
 CLASSIFIERS["clam_mb"] = CLASSIFIERS["clam_sb"]
-RECIPES = {"snn": {"loss.l1": 1e-4}}
+RECIPES = {
+    "snn": {"loss.l1": 1e-4},
+    "porpoise_mmf": {"loss.l1": 1e-5},
+    "survpath": {"loss.alpha": 0.5, "data.max_patches_train": 4096},
+}
+
+# The word `published`. Both kinds: Adam with L2 in the gradient, constant rate, steps in drawn order.
+PUBLISHED = {"train.optimizer": "adam_l2", "train.lr_schedule": "constant", "data.grouping": "random", "seed": 1}
+# Balanced over (time bin, censorship), bins of the whole cohort, last epoch, reported part = validation part; the L1
+# term, where there is one, counts once per bag.
+PUBLISHED_SURVIVAL = {
+    **PUBLISHED,
+    "survival.bins_from": "cohort",
+    "split.protocol": "published",
+    "train.sampler": "class_balanced_replacement",
+    "loss.l1_scaling": "per_bag",
+    "loss.clamp": "low",
+}
+PUBLISHED_CLASSIFIERS = {
+    "clam_sb": PUBLISHED,
+    "clam_mb": PUBLISHED,
+    "dsmil": {
+        **PUBLISHED,
+        "train.betas": (0.5, 0.9),
+        "train.lr_schedule": "cosine_to_floor",
+        "train.lr_floor": 5e-6,
+    },
+}
 
 VARIANTS = {
     # PORPOISE
@@ -96,6 +148,7 @@ SMOKE = {
 def get_config(arg: str = ""):
     """See the module text."""
     words = (*NETWORKS, *VARIANTS, "survival", "classification", "concat", "bilinear", "mean", "smoke")
+    words = (*words, "corrected", "published")
     given = common.parse_arg(arg, words, {"fold": common.fold_value, "task": str, "seed": int})
     cfg = common.base()
     cfg.method = "supervised"
@@ -108,9 +161,15 @@ def get_config(arg: str = ""):
     if cfg.task_kind == "classification":
         cfg.task = "ER"
         common.override(cfg, CLASSIFIERS.get(name, {}))
-    for word in (*VARIANTS, "smoke"):
+    else:
+        common.override(cfg, SURVIVAL)
+    for word in VARIANTS:
         if word in given:
-            common.override(cfg, SMOKE if word == "smoke" else VARIANTS[word])
+            common.override(cfg, VARIANTS[word])
+    if "published" in given:
+        common.override(cfg, _published(cfg, given))
+    if "smoke" in given:
+        common.override(cfg, SMOKE)
     _inputs(cfg, given)
     for key in ("fold", "task", "seed"):
         if key in given:
@@ -127,29 +186,58 @@ def _network(given: dict) -> str:
     return named.pop() if named else "abmil"
 
 
+def _published(cfg, given: dict) -> dict:
+    """The settings of the word `published`."""
+    if "corrected" in given or "snn_corrected" in given:
+        raise ValueError("config argument 'published' excludes corrected and snn_corrected: give one")
+    name = cfg.model.name
+    if cfg.task_kind == "classification":
+        if name not in PUBLISHED_CLASSIFIERS:
+            known = ", ".join(PUBLISHED_CLASSIFIERS)
+            raise ValueError(f"config argument 'published': no recipe of {name} as a classifier; there are {known}")
+        return PUBLISHED_CLASSIFIERS[name]
+    if name == "survpath" or given.keys() & {"abmil_survpath", "snn_survpath"}:
+        raise ValueError(
+            "config argument 'published': SurvPath trains with RAdam and a warm-up per step, which the trainer lacks; "
+            "use corrected"
+        )
+    return PUBLISHED_SURVIVAL
+
+
 def _inputs(cfg, given: dict) -> None:
     """What the network reads: late fusion, molecular features, deployment mode."""
     name = cfg.model.name
     for word in ("concat", "bilinear"):
         if word in given:
             if name not in FUSED:
-                raise ValueError(f"config argument {word!r}: {name} has no late fusion; only {', '.join(FUSED)} have")
+                raise ValueError(f"config argument {word!r}: {name} has no such choice; only {', '.join(FUSED)} have")
             cfg.model[name].fusion = word
     if "mean" in given:
         if name != "deepsets":
             raise ValueError(f"config argument 'mean' is a choice of deepsets, not of {name}")
         cfg.model.deepsets.pool = "mean"
-    fused = name in FUSED and cfg.model[name].fusion != "none"
-    cfg.infer.mode = "genomics" if name == "snn" else "both" if fused else "pathology"
-    if cfg.infer.mode != "pathology":
-        cfg.genes.kind = "all"
+    both = name in GENES or (name in FUSED and cfg.model[name].fusion != "none")
+    cfg.infer.mode = "genomics" if name == "snn" else "both" if both else "pathology"
+    if both:
+        cfg.genes.kind = GENES.get(name, "all")
 
 
 def _model(cfg) -> None:
     """Networks, losses and molecular features: the part that only this method reads."""
     cfg.model = dict(name="abmil", **NETWORKS)
-    # kind: none | all (every molecular column by name, standardised on the training patients of the fold)
+    # kind: none | all (every molecular column by name, standardised on the training patients of the fold) | groups
+    # (mcat, survpath: the columns of every group of genes.signatures, without a choice among them by default).
     cfg.genes = dict(kind="none", exclude=(), nan_policy="error", clip=common.placeholder(float))
+    cfg.genes.update(
+        signatures="",  # CSV with one column of gene symbols per group
+        suffixes=("_mut", "_cnv", "_rnaseq"),  # kinds of columns; ("",) for bare symbols
+        selection="none",  # none | welch_p05 | top_n, on the training patients of the fold
+        p=0.05,
+        select_on="unique_patients",
+        correction="fdr_bh",
+        empty_group="error",  # error | skip_group | keep_top_n
+        top_n=10,
+    )
     cfg.loss = dict(
         classification="ce",  # ce | bce: one-hot, averaged over the classes
         survival="nll",  # nll | ce (time bins) | cox

@@ -58,6 +58,8 @@ class StepSource:
       plan: the steps.
       dtype: dtype of the patches in the batch, 'float16' or 'float32'.
       with_coords: whether batches carry the patch coordinates (attention export).
+      clusters: row of the reader's manifest -> [n_patches] integers by position; batches then carry the row field
+        `clusters`, which is 0 on padding.
     """
 
     reader: Reader
@@ -65,8 +67,10 @@ class StepSource:
     plan: PackPlan
     dtype: str = "float16"
     with_coords: bool = False
+    clusters: Mapping[int, np.ndarray] | None = None
 
     def __post_init__(self):
+        _check_clusters(self.clusters, self.table.slide_index, self.reader.manifest.sizes)
         if self.dtype not in schema.FEATURE_DTYPES:
             raise ValueError(f"dtype of the batch is {self.dtype!r}; expected one of {sorted(schema.FEATURE_DTYPES)}")
         if len(self.table.slide_index) != len(self.plan.sizes):
@@ -87,7 +91,8 @@ class StepSource:
     def step_bytes(self, rows: int) -> int:
         """Bytes of the row fields of `rows` rows of one step."""
         width = self.reader.manifest.feat_dim * np.dtype(schema.FEATURE_DTYPES[self.dtype]).itemsize
-        return rows * self.plan.row_patches * (width + 8 + (8 if self.with_coords else 0))
+        extra = (8 if self.with_coords else 0) + (4 if self.clusters is not None else 0)
+        return rows * self.plan.row_patches * (width + 8 + extra)
 
     def fingerprint(self) -> str:
         """Sha256 (hex) over data set, plan and slot values: whether a saved position means the same batches."""
@@ -97,6 +102,8 @@ class StepSource:
         for name, values in sorted({schema.SLIDE_INDEX: self.table.slide_index, **self.table.fields}.items()):
             digest.update(f"{name} {values.dtype} {values.shape}".encode())
             digest.update(np.ascontiguousarray(values))
+        for row in self.table.slide_index if self.clusters is not None else ():
+            digest.update(np.ascontiguousarray(self.clusters[int(row)], np.int32))
         return digest.hexdigest()
 
 
@@ -146,6 +153,8 @@ class BatchAssembler:
         }
         if self._source.with_coords:
             buffers[schema.COORDS] = np.zeros((n, 2), np.int32)
+        if self._source.clusters is not None:
+            buffers[schema.CLUSTERS] = np.zeros(n, np.int32)
         return buffers
 
     def _read_piece(self, item: int, slot: int, at: int, piece: Mapping[str, np.ndarray]) -> None:
@@ -154,6 +163,8 @@ class BatchAssembler:
         source.reader.read_into(row, at % size, n, piece[schema.PATCHES], piece.get(schema.COORDS))
         piece[schema.SEGMENT_IDS][:] = slot + 1
         piece[schema.POSITIONS][:] = np.arange(at, at + n) % size
+        if source.clusters is not None:
+            piece[schema.CLUSTERS][:] = source.clusters[row][piece[schema.POSITIONS]]
 
     def _slot_fields(self, step: StepPlan) -> dict[str, np.ndarray]:
         real, table = step.slide >= 0, self._source.table
@@ -165,6 +176,14 @@ class BatchAssembler:
             fields[name] = np.zeros((len(real), *values.shape[1:]), values.dtype)
             fields[name][real] = values[step.slide[real]]
         return fields
+
+
+def _check_clusters(clusters: Mapping[int, np.ndarray] | None, rows: np.ndarray, sizes: np.ndarray) -> None:
+    """One id per patch of every planned slide."""
+    for row in () if clusters is None else rows.tolist():
+        found = len(clusters[row]) if row in clusters else 0
+        if found != sizes[row]:
+            raise ValueError(f"slide {row} has {sizes[row]} patches but {found} cluster ids: assign its clusters again")
 
 
 def _slot_values(name: str, values: np.ndarray, n: int) -> np.ndarray:

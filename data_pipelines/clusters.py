@@ -8,6 +8,7 @@ the patches of a fold's *training* slides; every patch of every slide then belon
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -228,6 +229,47 @@ def read_clusters(path: str | os.PathLike[str], k: int | None = None) -> dict[st
         raise DataError(f"{path} has {int(found)} clusters, the network {k}: fit again, or set the number of clusters")
     parts = np.split(cluster.astype(np.int32), np.cumsum(size)[:-1]) if len(names) else []
     return dict(zip(names.tolist(), parts))
+
+
+def write_centres(path: str | os.PathLike[str], model: ClusterModel) -> None:
+    """Writes the centres of a model as one NPZ file, complete or not at all.
+
+    Raises:
+      StorageError: the file cannot be written.
+    """
+    path, buffer = pathlib.Path(path), io.BytesIO()
+    np.savez(buffer, centres=model.centres, source=np.array(json.dumps(dict(model.source))))
+    with atomic.storage_errors(path):
+        os.replace(atomic.write_temporary(path.parent, path.name, buffer.getvalue()), path)
+        atomic.sync(path.parent)
+
+
+def centres_facts(model: ClusterModel) -> dict[str, Any]:
+    """What `read_centres` compares: number of clusters and sha256 of the centres."""
+    return {"k": len(model.centres), "sha256": hashlib.sha256(np.ascontiguousarray(model.centres)).hexdigest()}
+
+
+def read_centres(path: str | os.PathLike[str], facts: Mapping[str, Any]) -> ClusterModel:
+    """Reads what `write_centres` wrote.
+
+    Args:
+      path: of the file.
+      facts: `centres_facts` of the model that was written.
+
+    Returns:
+      The model.
+
+    Raises:
+      DataError: no such file, or other centres.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            model = ClusterModel(data["centres"], json.loads(str(data["source"])))
+    except (OSError, KeyError, ValueError) as error:
+        raise DataError(f"{path} is not a file of cluster centres ({error}); it belongs to the model folder") from error
+    if centres_facts(model) != dict(facts):
+        raise DataError(f"{path} differs from what the model was trained with: damaged, or of another model")
+    return model
 
 
 def _check_ids(slide: str, ids: np.ndarray, k: int, path: str | os.PathLike[str]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_pipelines import binpacking, sampling
+from data_pipelines import binpacking, sampling, windows
 from data_pipelines.plan import BATCHINGS, PackPlan, StepPlan
 
 __all__ = ["BATCHINGS", "GROUPINGS", "KERNEL_CHUNK", "PackPlan", "PlanOptions", "StepPlan"]
@@ -62,11 +62,13 @@ def plan_coupled(
     slides_per_step: int,
     grouping: str = "size_balanced",
     batching: str = "packed",
+    remainder: str = windows.DROP,
 ) -> PackPlan:
     """Plan for losses that couple slides: every step holds exactly b slides, floor(n / b) steps per epoch.
 
-    A trailing incomplete step never exists (`train.drop_last`; mkd.md section 6). `size_balanced` draws stratified by
-    size and groups slides so that all steps are nearly equally long; `random` is the faithful iid draw in plain order.
+    By default a trailing incomplete step never exists (`train.drop_last`; mkd.md section 6). `size_balanced` draws
+    stratified by size and groups slides so that all steps are nearly equally long; `random` is the faithful iid draw in
+    plain order.
 
     Args:
       sizes: [n] int, patches per slide, all >= 1.
@@ -74,7 +76,10 @@ def plan_coupled(
       options: see `PlanOptions`; `rows` is ignored by 'padded'.
       slides_per_step: b, at least 2 and at most n.
       grouping: one of `GROUPINGS`.
-      batching: 'packed', or 'padded' (b rows, one slide each; the same slides, starts and counts as packed).
+      batching: 'packed', or 'padded' (one row per slot; the same slides, starts and counts as packed).
+      remainder: 'drop', 'carry' or 'flush_scaled', see `windows.accumulation_windows`: with 'carry' the first step of
+        an epoch also holds what filled no step of the epoch before, with 'flush_scaled' the last step is shorter. Both
+        need grouping 'random'; the loss must know its divisor.
 
     Returns:
       The plan of all epochs.
@@ -85,22 +90,48 @@ def plan_coupled(
     sizes = _checked_sizes(sizes)
     _check_coupled(len(sizes), slides_per_step, grouping, batching)
     kept = _kept(sizes, options)
-    steps = len(sizes) // slides_per_step
-    epochs = []
+    parameters = {"mode": "coupled", "grouping": grouping, **dataclasses.asdict(options)}
+    if remainder == windows.DROP:
+        slide = _exact_steps(kept, labels, options, slides_per_step, grouping)
+    else:
+        slide = _windowed_steps(kept, labels, options, slides_per_step, grouping, remainder)
+        parameters["remainder"] = remainder
+    start, count = _subsample(slide, sizes, kept, options)
+    padded = batching == "padded"
+    rows = slide.shape[2] if padded else options.rows
+    capacity = int(count.max()) * rows if padded else int(count.sum(axis=2, dtype=np.int64).max())
+    row_patches = _row_patches(capacity, rows, options.multiple_of)
+    return PackPlan(sizes, slide, start, count, rows, row_patches, batching, parameters)
+
+
+def _exact_steps(
+    kept: np.ndarray, labels: np.ndarray | None, options: PlanOptions, slides_per_step: int, grouping: str
+) -> np.ndarray:
+    """[epochs, steps, b] int32 slides of steps that all are full."""
+    steps, epochs = len(kept) // slides_per_step, []
     for epoch in range(options.epochs):
         drawn = _draw(kept, labels, steps * slides_per_step, options, epoch, stratified=grouping == "size_balanced")
         if grouping == "size_balanced":
             rng = sampling.epoch_rng(options.seed, epoch, sampling.Stream.GROUP)
             drawn = drawn[binpacking.balanced_groups(kept[drawn], slides_per_step, rng)]
         epochs.append(drawn.reshape(steps, slides_per_step))
-    slide = np.stack(epochs).astype(np.int32)
-    start, count = _subsample(slide, sizes, kept, options)
-    padded = batching == "padded"
-    rows = slides_per_step if padded else options.rows
-    capacity = int(count.max()) * rows if padded else int(count.sum(axis=2, dtype=np.int64).max())
-    row_patches = _row_patches(capacity, rows, options.multiple_of)
-    parameters = {"mode": "coupled", "grouping": grouping, **dataclasses.asdict(options)}
-    return PackPlan(sizes, slide, start, count, rows, row_patches, batching, parameters)
+    return np.stack(epochs).astype(np.int32)
+
+
+def _windowed_steps(
+    kept: np.ndarray,
+    labels: np.ndarray | None,
+    options: PlanOptions,
+    slides_per_step: int,
+    grouping: str,
+    remainder: str,
+) -> np.ndarray:
+    """[epochs, steps, S] int32 slides of accumulation windows, -1 in empty slots; every one of n draws counts."""
+    if grouping != "random":
+        raise ValueError(f"train.remainder={remainder!r} keeps drawn order: set data.grouping=random, or drop")
+    epochs = windows.accumulation_windows(len(kept), slides_per_step, options.epochs, remainder)
+    drawn = [_draw(kept, labels, len(kept), options, epoch, stratified=False) for epoch in range(options.epochs)]
+    return _slot_table([[np.array([drawn[e][i] for e, i in w.samples]) for w in epoch] for epoch in epochs], None)
 
 
 def plan_free(

@@ -24,7 +24,8 @@ def chunk_patches(feat_dim: int, dtype: str = "float16") -> int:
 
 # Fields of a packed step; shapes are given in histokd_jax.types.Batch.
 PATCHES, SEGMENT_IDS, POSITIONS, COORDS = "patches", "segment_ids", "positions", "coords"
+CLUSTERS = "clusters"
 WEIGHT, SLIDE_INDEX, LABEL, GENES, HAS_GENES = "weight", "slide_index", "label", "genes", "has_genes"
 TIME, EVENT = "time_months", "event"
-ROW_FIELDS = (PATCHES, SEGMENT_IDS, POSITIONS, COORDS)
+ROW_FIELDS = (PATCHES, SEGMENT_IDS, POSITIONS, COORDS, CLUSTERS)
 """Fields with leading axes [R, L]; sharded over rows. All other fields are per slot [S, ...] and replicated."""

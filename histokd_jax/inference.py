@@ -22,7 +22,7 @@ from data_pipelines.manifest import Manifest
 from data_pipelines.pipeline import SlideTable, StepSource, make_eval_dataset
 from data_pipelines.reader import BagReader
 from histokd_jax.tasks import Table, Tables, get_task
-from histokd_jax.train import evaluate, gene_choice, model_dir, sharding
+from histokd_jax.train import cluster_choice, evaluate, gene_choice, model_dir, sharding
 from histokd_jax.train.experiment import check_width
 from histokd_jax.train.feed import StreamFeeder
 from histokd_jax.train.model_dir import Model
@@ -100,7 +100,7 @@ def open_cohort(
 
 
 def _source(
-    reader: Reader, cohort: Cohort, tables: Mapping[str, GeneTable], model: Model, with_coords: bool = False
+    reader: Reader, cohort: Cohort, tables: Mapping[str, GeneTable], model: Model, mode: str, with_coords: bool = False
 ) -> StepSource:
     fields: dict[str, Any] = {field: s.apply_table(tables[field]) for field, s in model.selections.items()}
     if fields:
@@ -112,7 +112,9 @@ def _source(
         multiple_of=model.cfg.data.row_multiple,
     )
     table = SlideTable(cohort.bag_index, fields)
-    return StepSource(reader, table, plan, dtype=reader.manifest.dtype, with_coords=with_coords)
+    wanted = model.method.mode(mode).fields
+    ids = cluster_choice.of_model(model.cfg, wanted, model.clusters, reader, cohort.bag_index)
+    return StepSource(reader, table, plan, dtype=reader.manifest.dtype, with_coords=with_coords, clusters=ids)
 
 
 def predict(folders: Sequence[pathlib.Path], data: pathlib.Path, mode: str, **tables: str) -> Table:
@@ -143,7 +145,7 @@ def predict(folders: Sequence[pathlib.Path], data: pathlib.Path, mode: str, **ta
         def bar(batches: Iterable, name=folder.parent.name) -> Iterable:
             return tqdm(batches, desc=f"{mode}, {name}", unit="step", disable=None)
 
-        source = _source(reader, cohort, genes, model)
+        source = _source(reader, cohort, genes, model, mode)
         task, bags = model.task, source.table.slide_index
         found = evaluate.predict_source(step, source, feeder, task.outputs, progress=bar)
         parts.append(evaluate.as_table(task, found, bags, cohort, task.targets(cohort), model.facts["fold"]))
@@ -169,7 +171,7 @@ def export_attention(folder: pathlib.Path, data: pathlib.Path, mode: str, out: p
     """
     model = model_dir.load(folder, mode)
     reader, cohort, genes = open_cohort(data, model, mode)
-    source = _source(reader, cohort, genes, model, with_coords=True)
+    source = _source(reader, cohort, genes, model, mode, with_coords=True)
     mesh = sharding.make_mesh(1)
     run = jax.jit(lambda batch: model.method.attention(model.params, {}, model.extra, batch, mode))
     with storage_errors(out):

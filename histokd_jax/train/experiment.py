@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from data_pipelines import packing, schema
+from data_pipelines import packing, schema, windows
 from data_pipelines.assembler import Reader
 from data_pipelines.cohort import Cohort
 from data_pipelines.genes import GeneTable
@@ -19,7 +19,7 @@ from data_pipelines.pipeline import SlideTable, StepSource
 from data_pipelines.reader import BagReader
 from data_pipelines.splits import CORRECTED, Split, make_folds, read_folds, split_fingerprint
 from histokd_jax.tasks import Tables, Targets, Task, get_task
-from histokd_jax.train import gene_choice
+from histokd_jax.train import cluster_choice, gene_choice
 from histokd_jax.train.gene_choice import CNV, GENE_FIELDS, Selection
 from histokd_jax.types import DataSpec, Method
 
@@ -93,6 +93,7 @@ class FoldData:
       task: fitted to the fold.
       split: rows of the cohort in every part.
       targets: the answers of the whole cohort, as the fold's task sees them.
+      clusters: of the patches, for methods that read them.
     """
 
     train: StepSource
@@ -102,6 +103,7 @@ class FoldData:
     task: Task
     split: Split
     targets: Targets
+    clusters: cluster_choice.FoldClusters | None = None
 
     def answers(self, part: str) -> Targets:
         """The answers of the samples of a part, in the order of its source."""
@@ -206,6 +208,7 @@ def fold_data(experiment: Experiment, fold: int, method: Method) -> FoldData:
     if needed:
         fields[schema.HAS_GENES] = cohort.has_genes
     train_plan = _train_plan(experiment, split, method, task.sampling_classes(targets)[split.train])
+    clusters = _clusters(experiment, split) if schema.CLUSTERS in method.requires else None
     evaluation = {}
     for part in ("val", "test"):
         rows = getattr(split, part)
@@ -218,15 +221,16 @@ def fold_data(experiment: Experiment, fold: int, method: Method) -> FoldData:
             rows=_rows(cfg),
             multiple_of=cfg.data.row_multiple,
         )
-        evaluation[part] = _source(experiment, rows, fields, plan)
+        evaluation[part] = _source(experiment, rows, fields, plan, clusters)
     return FoldData(
-        train=_source(experiment, split.train, fields, train_plan),
+        train=_source(experiment, split.train, fields, train_plan, clusters),
         evaluation=evaluation,
         selections=selections,
         split_hash=split_fingerprint(split, cohort),
         task=task,
         split=split,
         targets=targets,
+        clusters=clusters,
     )
 
 
@@ -255,9 +259,22 @@ def _rows(cfg: ConfigDict) -> int:
     return cfg.data.rows or max(cfg.mesh.data, 1)
 
 
-def _source(experiment: Experiment, rows: np.ndarray, fields: Mapping[str, np.ndarray], plan: Any) -> StepSource:
+def _clusters(experiment: Experiment, split: Split) -> cluster_choice.FoldClusters:
+    bags, parts = experiment.cohort.bag_index, (split.train, split.val, split.test)
+    rows = np.concatenate([bags[part] for part in parts])
+    return cluster_choice.choose(experiment.cfg, experiment.reader, bags[split.train], rows)
+
+
+def _source(
+    experiment: Experiment,
+    rows: np.ndarray,
+    fields: Mapping[str, np.ndarray],
+    plan: Any,
+    clusters: cluster_choice.FoldClusters | None,
+) -> StepSource:
     table = SlideTable(experiment.cohort.bag_index[rows], {name: value[rows] for name, value in fields.items()})
-    return StepSource(experiment.reader, table, plan, dtype=experiment.manifest.dtype)
+    ids = None if clusters is None else clusters.ids
+    return StepSource(experiment.reader, table, plan, dtype=experiment.manifest.dtype, clusters=ids)
 
 
 def _sizes(experiment: Experiment, rows: np.ndarray) -> np.ndarray:
@@ -268,7 +285,7 @@ def _sizes(experiment: Experiment, rows: np.ndarray) -> np.ndarray:
 def _train_plan(experiment: Experiment, split: Split, method: Method, labels: np.ndarray) -> packing.PackPlan:
     cfg = experiment.cfg
     if not cfg.train.drop_last:
-        raise ValueError("train.drop_last=False: a batch-coupled step holds exactly train.b slides; keep it True")
+        raise ValueError("train.drop_last=False is not possible; keep it True (G-HANet chooses with train.remainder)")
     sizes = _sizes(experiment, split.train)
     options = packing.PlanOptions(
         epochs=cfg.train.max_epochs,
@@ -289,6 +306,8 @@ def _train_plan(experiment: Experiment, split: Split, method: Method, labels: np
         slides_per_step=cfg.train.b,
         grouping=cfg.data.grouping,
         batching="packed" if cfg.train.batching == "packed" else "padded",
+        # Methods whose loss divides by a fixed window choose it; all others leave out what fills no step.
+        remainder=cfg.train.get("remainder", windows.DROP),
     )
 
 

@@ -191,9 +191,7 @@ class _StageRunner:
 
     def _epoch_steps(self, state, progress, batches, bar):
         cfg, programs = self.job.cfg, self.job.programs
-        lr = optim.learning_rate(
-            cfg.train.lr_schedule, cfg.train.lr, epoch=progress.epoch, max_epochs=cfg.train.max_epochs
-        )
+        lr = optim.epoch_rate(cfg.train, progress.epoch)
         first, began, waited, patches, sent, loss = progress.step, time.perf_counter(), 0.0, 0, 0, None
         # Nothing may reach or leave a device unasked: such a transfer would make every step wait for the host.
         with jax.transfer_guard("disallow"):

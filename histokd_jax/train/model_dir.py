@@ -1,6 +1,7 @@
 """Exported models: one folder per network, and model.json with what is needed to use them.
 
 model/model.json   config, classes, patch width and encoder, selected genes by name, hashes
+model/cluster_centres.npz   of networks that read clusters of patches
 model/S_P/         the student alone is enough for pathology-only prediction; teachers may be deleted
 """
 
@@ -15,10 +16,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from data_pipelines.clusters import ClusterModel, centres_facts
 from histokd_jax.evals.predictions import atomic_writer
 from histokd_jax.methods import registry
 from histokd_jax.tasks import Task, get_task
-from histokd_jax.train import distributed
+from histokd_jax.train import cluster_choice, distributed
 from histokd_jax.train.checkpoint import CheckpointMismatchError, export_groups, load_groups, params_hash
 from histokd_jax.train.experiment import Experiment, FoldData
 from histokd_jax.train.gene_choice import Selection, read_selection
@@ -41,6 +43,7 @@ class Model:
       selections: batch field -> genes it reads.
       facts: model.json.
       task: fitted as in training.
+      clusters: centres that assign the patches of new slides, for methods that read clusters fitted in training.
     """
 
     cfg: ConfigDict
@@ -51,6 +54,7 @@ class Model:
     selections: dict[str, Selection]
     facts: dict[str, Any]
     task: Task
+    clusters: ClusterModel | None = None
 
     @property
     def class_names(self) -> list[str]:
@@ -80,6 +84,11 @@ def export(directory: pathlib.Path, params: Any, experiment: Experiment, data: F
             "split_hash": data.split_hash,
         },
     }
+    if data.clusters is not None and data.clusters.model is not None:
+        facts["clusters"] = centres_facts(data.clusters.model)
+        if distributed.is_main():
+            directory.mkdir(parents=True, exist_ok=True)
+            data.clusters.write_centres(directory)
     write(directory, params, facts)
 
 
@@ -168,4 +177,5 @@ def load(directory: pathlib.Path, mode: str) -> Model:
         if field in needed.fields
     }
     task = get_task(cfg).restore(facts.get("task", {}))
-    return Model(cfg, method, spec, params, extra, selections, facts, task)
+    centres = cluster_choice.read_centres(directory, facts)
+    return Model(cfg, method, spec, params, extra, selections, facts, task, centres)

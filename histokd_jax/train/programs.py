@@ -36,11 +36,14 @@ class Programs:
 
     def optimizer(self, stage: Stage, groups: Mapping[str, Any]):
         """The optimizer of a stage."""
+        train = self._cfg.train
         return optim.make_optimizer(
-            weight_decay=self._cfg.train.wd,
-            decay_bias=self._cfg.train.decay_bias,
+            weight_decay=train.wd,
+            decay_bias=train.decay_bias,
             trainable=stage.trainable,
             groups=tuple(groups),
+            name=train.optimizer,
+            betas=train.betas,
         )
 
     def start(self, stage: Stage, params: Any, extra: Any, rng: jax.Array, batch: Mapping[str, jax.Array]):

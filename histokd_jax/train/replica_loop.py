@@ -288,8 +288,7 @@ class _Group:
         return stack_batches(self.programs.layout, self.programs.mesh, batches)
 
     def _lr(self, r: int, epoch: int) -> float:
-        train = self.replicas[r].job.cfg.train
-        return optim.learning_rate(train.lr_schedule, train.lr, epoch=epoch, max_epochs=train.max_epochs)
+        return optim.epoch_rate(self.replicas[r].job.cfg.train, epoch)
 
     def _move(self, r: int, **changes: Any) -> None:
         progress = dataclasses.replace(self.standing[r].progress, **changes)

@@ -18,7 +18,7 @@ from histokd_jax.train.replica_step import VMAP, resolve_loop
 from histokd_jax.types import Method
 from histokd_jax.utils import config as config_utils
 
-TRAINER_KEYS = ("seed", "fold", "train.lr", "train.lr_schedule")
+TRAINER_KEYS = ("seed", "fold", "train.lr", "train.lr_schedule", "train.lr_floor")
 """Settings that reach the step of any method as data: keys and learning rates."""
 DATA_KEYS = tuple(
     f"genes.{name}"

@@ -24,7 +24,7 @@ from histokd_jax.evals import summary as summaries
 from histokd_jax.evals.predictions import atomic_writer
 from histokd_jax.methods import registry
 from histokd_jax.tasks import Table, Task, get_task
-from histokd_jax.train import distributed, feed, gene_choice, loop, model_dir, provenance, sharding
+from histokd_jax.train import distributed, feed, gene_choice, loop, model_dir, optim, provenance, sharding
 from histokd_jax.train.checkpoint import CheckpointMismatchError
 from histokd_jax.train.experiment import Experiment, FoldData, fold_data, load_experiment, resolve_width, share_shapes
 from histokd_jax.train.feed import Feeder
@@ -71,13 +71,15 @@ def check_method(cfg: ConfigDict) -> None:
     """Refuses a configuration that its method cannot train.
 
     Raises:
-      ValueError: contradictory settings, or a kind of task that the method does not know (`TASKS` of its module).
+      ValueError: contradictory settings, an unknown optimizer or schedule, or a kind of task that the method does not
+        know (`TASKS` of its module).
     """
     module = registry.method_module(cfg.method)
     kind = get_task(cfg).kind
     if kind not in getattr(module, "TASKS", (kind,)):
         raise ValueError(f"method {cfg.method} knows {', '.join(module.TASKS)}, not task_kind={kind}")
     module.validate(cfg)
+    optim.check(cfg.train)
 
 
 def control_config(cfg: ConfigDict) -> ConfigDict | None:
@@ -314,6 +316,8 @@ def finish_fold(job: loop.Job, experiment: Experiment, result: loop.Fit) -> None
     model_dir.export(job.directory / "model", result.params, experiment, job.data, job.fold)
     if distributed.is_main():
         job.data.task.write_reference(job.directory, experiment.cohort, job.data.split.train)
+        if job.data.clusters is not None:
+            job.data.clusters.write_ids(job.directory, experiment.reader)
     for part in job.data.evaluation:
         table = loop.predictions(job, part, result)
         if distributed.is_main():

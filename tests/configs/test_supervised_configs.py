@@ -9,6 +9,18 @@ from histokd_jax.utils import config
 
 WORDS = (*supervised.NETWORKS, *supervised.VARIANTS)
 ARGUMENTS = [*WORDS, *(f"{word},classification" for word in WORDS), "deepsets,mean,bilinear", "abmil,concat,smoke"]
+PUBLISHED = (
+    "snn",
+    "deepsets",
+    "abmil",
+    "deepattnmisl,concat",
+    "amil",
+    "snn_porpoise",
+    "transmil",
+    "mcat",
+    "porpoise_mmf",
+)
+ARGUMENTS += [*(f"{arg},published" for arg in PUBLISHED), "porpoise_mmf,published", "clam_mb,classification,published"]
 
 
 def load(arg=""):
@@ -22,9 +34,8 @@ def test_the_method_accepts_every_preset(arg):
 
 def test_defaults_equal_those_of_the_method():
     ours, theirs = config.flatten(load()), config.flatten(default_config())
-    own = {key for key in theirs if key.split(".")[1] in supervised.NETWORKS or not key.startswith("model.")}
-    assert own <= set(ours), "the method reads keys that the named configuration lacks"
-    assert {key: ours[key] for key in own} == {key: theirs[key] for key in own}
+    assert set(theirs) <= set(ours), "the method reads keys that the named configuration lacks"
+    assert {key: ours[key] for key in theirs} == theirs
 
 
 @pytest.mark.parametrize(
@@ -38,6 +49,34 @@ def test_defaults_equal_those_of_the_method():
         ("dsmil,classification", {"loss.classification": "bce", "train.wd": 1e-3, "train.max_epochs": 50}),
         ("clam_mb,classification", {"train.lr": 1e-4, "early_stop.patience": 20, "early_stop.min_epoch": 50}),
         ("snn_survpath", {"model.snn.widths": (256, 256), "loss.alpha": 0.5}),
+        ("transmil", {"infer.mode": "pathology", "genes.kind": "none", "survival.bins_from": "train_fold"}),
+        ("mcat", {"model.mcat.fusion": "concat", "infer.mode": "both", "genes.kind": "groups", "loss.l1": 0.0}),
+        ("mcat,bilinear", {"model.mcat.fusion": "bilinear", "genes.selection": "none"}),
+        ("porpoise_mmf", {"infer.mode": "both", "genes.kind": "all", "loss.l1": 1e-5}),
+        ("survpath", {"genes.kind": "groups", "loss.alpha": 0.5, "data.max_patches_train": 4096}),
+        (
+            "mcat,published",
+            {
+                "train.optimizer": "adam_l2",
+                "train.lr_schedule": "constant",
+                "train.lr": 2e-4,
+                "train.wd": 1e-5,
+                "train.b": 32,
+                "train.max_epochs": 20,
+                "train.sampler": "class_balanced_replacement",
+                "survival.bins_from": "cohort",
+                "split.protocol": "published",
+                "early_stop.enabled": False,
+                "loss.l1_scaling": "per_bag",
+                "seed": 1,
+            },
+        ),
+        ("snn,published,seed=4", {"loss.l1": 1e-4, "seed": 4}),
+        (
+            "dsmil,classification,published",
+            {"train.betas": (0.5, 0.9), "train.lr_floor": 5e-6, "train.lr": 1e-4, "train.optimizer": "adam_l2"},
+        ),
+        ("clam_sb,corrected", {"train.optimizer": "adamw", "split.protocol": "corrected"}),
     ],
 )
 def test_words_choose_network_and_recipe(arg, expected):
@@ -45,7 +84,10 @@ def test_words_choose_network_and_recipe(arg, expected):
     assert {key: flat[key] for key in expected} == expected
 
 
-@pytest.mark.parametrize("arg", ["abmil,snn", "amil,clam_sb", "clam_sb,concat", "abmil,mean", "transformer"])
+REFUSED = ("published,corrected", "snn_corrected,published", "survpath,published", "transmil,classification,published")
+
+
+@pytest.mark.parametrize("arg", ["abmil,snn", "amil,clam_sb", "clam_sb,concat", "abmil,mean", "transformer", *REFUSED])
 def test_contradictory_words_are_named(arg):
     with pytest.raises(ValueError, match="config argument"):
         supervised.get_config(arg)

@@ -1,7 +1,9 @@
 """Accumulation windows (check C22 of the G-HANet specification)."""
 
+import numpy as np
 import pytest
 
+from data_pipelines import packing
 from data_pipelines.errors import DataError
 from data_pipelines.windows import accumulation_windows
 
@@ -33,3 +35,29 @@ def test_every_draw_is_used_once_when_carried():
 def test_impossible_windows_are_refused(draws, window, remainder):
     with pytest.raises(DataError, match="train"):
         accumulation_windows(draws, window, 1, remainder)
+
+
+def plan(remainder, batching="packed", grouping="random", n=298, b=32):
+    options = packing.PlanOptions(epochs=3, seed=5, sampler="uniform", rows=2, multiple_of=8)
+    sizes = np.random.default_rng(0).integers(3, 20, n)
+    return packing.plan_coupled(
+        sizes, None, options, slides_per_step=b, grouping=grouping, batching=batching, remainder=remainder
+    )
+
+
+@pytest.mark.parametrize("batching", packing.BATCHINGS)
+def test_C22_planned_steps_carry_or_flush_the_remainder(batching):
+    carried, flushed, dropped = (plan(r, batching) for r in ("carry", "flush_scaled", "drop"))
+    held = {r: (p.slide >= 0).sum(axis=2).tolist() for r, p in (("c", carried), ("f", flushed), ("d", dropped))}
+    assert held["c"] == [[32] * 9, [42] + [32] * 8, [42] + [32] * 8]
+    assert held["f"] == [[32] * 9 + [10]] * 3 and held["d"] == [[32] * 9] * 3
+    for epoch in flushed.slide:
+        assert sorted(epoch[epoch >= 0]) == list(range(298))
+    seen = np.bincount(carried.slide[carried.slide >= 0], minlength=298)
+    assert seen.sum() == 3 * 298 - 10 and seen.max() <= 3, "without replacement every patient comes once an epoch"
+    assert len({p.fingerprint() for p in (carried, flushed, dropped)}) == 3
+
+
+def test_a_remainder_needs_drawn_order():
+    with pytest.raises(ValueError, match="data.grouping=random"):
+        plan("carry", grouping="size_balanced")
