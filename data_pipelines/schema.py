@@ -26,5 +26,6 @@ def chunk_patches(feat_dim: int, dtype: str = "float16") -> int:
 PATCHES, SEGMENT_IDS, POSITIONS, COORDS = "patches", "segment_ids", "positions", "coords"
 WEIGHT, SLIDE_INDEX, LABEL, GENES, HAS_GENES = "weight", "slide_index", "label", "genes", "has_genes"
 TIME, EVENT = "time_months", "event"
+TEACHER_HAZARDS, HAS_TEACHER = "teacher_hazards", "has_teacher"
 ROW_FIELDS = (PATCHES, SEGMENT_IDS, POSITIONS, COORDS)
 """Fields with leading axes [R, L]; sharded over rows. All other fields are per slot [S, ...] and replicated."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from data_pipelines.schema import HAS_TEACHER, TEACHER_HAZARDS
 from histokd_jax import losses
 from histokd_jax.methods.supervised import objective as supervised
 from histokd_jax.types import Batch, Metrics, Outputs
@@ -21,7 +22,6 @@ TRAINED: Mapping[str, tuple[str, ...]] = {
 }
 """Stage -> networks whose own loss is part of it."""
 
-TEACHER_HAZARDS, HAS_TEACHER = "teacher_hazards", "has_teacher"
 SMALLEST_HAZARD = 1e-6
 
 TRACED: Mapping[str, str] = {
