@@ -65,15 +65,20 @@ class ObjectiveSpec:
     at_risk: bool = True
 
     def weights(self) -> dict[str, float]:
-        """Weight of every distillation term; a term whose weight is the number 0 is left out and not computed."""
+        """Weight of every distillation term; a term whose weight is the number 0 is left out and not computed.
+
+        A Cox head has no hazards, so only the order of its risks can be distilled.
+        """
         weights = {"hazard": self.lambda_hazard, "event": self.lambda_event, "order": self.lambda_order}
+        if self.student.survival == supervised.COX:
+            weights = {"order": self.lambda_order}
         return {name: weight for name, weight in weights.items() if isinstance(weight, jax.Array) or weight}
 
     def with_values(self, values: Mapping[str, jax.Array]) -> ObjectiveSpec:
         """The same objective with some numbers replaced by data.
 
         Args:
-          values: key of `traced_keys` -> [] float32. Hazard terms of a Cox head stay out whatever their weight.
+          values: key of `traced_keys` -> [] float32.
 
         Raises:
           ValueError: for a key that cannot be data.

@@ -8,6 +8,7 @@ import pytest
 from histokd_jax.methods.supervised.objective import COX
 from histokd_jax.methods.supervised.objective import ObjectiveSpec as Supervised
 from histokd_jax.methods.survival_kd import objective as objectives
+from histokd_jax.methods.survival_kd.config import objective_spec
 from histokd_jax.methods.survival_kd.objective import ObjectiveSpec, objective
 
 S, C = 6, 4
@@ -157,6 +158,8 @@ def test_cox_heads_distil_the_order_of_log_risks():
     _, metrics = run(spec, outputs(STUDENT_LOGITS[:, :1], TEACHER_LOGITS[:, :1]))
     expected = order(STUDENT_LOGITS[:, 0], TEACHER_LOGITS[:, 0], TAUGHT, 0.5)
     np.testing.assert_allclose(metrics["order"], expected, rtol=1e-9)
+    traced = spec.with_values({"loss.lambda_hazard": jax.numpy.float32(1.0)})
+    assert set(traced.weights()) == {"order"}, "a Cox head has no hazards, whatever the weight"
 
 
 def test_weights_as_data_equal_weights_as_numbers():
@@ -174,7 +177,5 @@ def test_weights_as_data_equal_weights_as_numbers():
 
 
 def test_teacher_l1_is_the_teachers_alone():
-    cfg = setup.config(loss__teacher_l1=0.1, loss__l1=0.0)
-    from histokd_jax.methods.survival_kd.config import objective_spec
-
-    assert objective_spec(cfg).teacher.l1 == 0.1 and objective_spec(cfg).student.l1 == 0.0
+    spec = objective_spec(setup.config(loss__teacher_l1=0.1, loss__l1=0.0))
+    assert spec.teacher.l1 == 0.1 and spec.student.l1 == 0.0

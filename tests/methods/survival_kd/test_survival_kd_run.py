@@ -5,13 +5,13 @@ import json
 import jax
 import numpy as np
 import pytest
-import survival_tiny
 from survival_tiny import survival_dir
 
 from data_pipelines.errors import DataError
 from histokd_jax import inference
 from histokd_jax.evals.survival_predictions import read_survival_predictions, write_survival_predictions
-from histokd_jax.train import model_dir, run
+from histokd_jax.train import loop, model_dir, run
+from histokd_jax.train.experiment import fold_data, load_experiment
 from histokd_jax.utils import config
 
 __all__ = ["survival_dir"]
@@ -100,23 +100,24 @@ def two_stage(survival_dir, tmp_path_factory):
     return path
 
 
-def test_the_teacher_is_bit_identical_in_the_second_stage(two_stage, survival_dir, tmp_path):
-    """Its parameters do not depend on what the second stage trains with."""
-    cfg = load(
-        survival_dir,
-        "snn,two_stage",
-        fold="0",
-        compare__control=False,
-        student__abmil__dropout=0.0,
-        loss__lambda_hazard=0.0,
-        loss__lambda_order=3.0,
-    )
-    run.train(cfg, tmp_path)
-    models = [model_dir.load(path / "fold_0" / "model", "genomics") for path in (two_stage, tmp_path)]
-    jax.tree.map(np.testing.assert_array_equal, *(model.params["teacher"] for model in models))
-    students = [model_dir.load(path / "fold_0" / "model", "pathology") for path in (two_stage, tmp_path)]
-    differs = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), *(model.params for model in students))
-    assert max(jax.tree.leaves(differs)) > 0
+def test_the_teacher_is_bit_identical_in_the_second_stage(two_stage, survival_dir, tmp_path, monkeypatch):
+    """Weight decay included: the exported teacher is the one that the first stage ended with."""
+    ended, selected = {}, loop.selected_params
+
+    def spy(cfg, stage, state, progress):
+        params = selected(cfg, stage, state, progress)
+        ended[stage.name] = jax.tree.map(lambda x: np.array(x, copy=True), params)
+        return params
+
+    monkeypatch.setattr(loop, "selected_params", spy)
+    options = {"fold": "0", "compare__control": False, "train__wd": 0.1, "loss__lambda_order": 3.0}
+    run.train(load(survival_dir, "snn,two_stage", **options), tmp_path)
+    assert list(ended) == ["teacher", "student"]
+    jax.tree.map(np.testing.assert_array_equal, ended["teacher"]["teacher"], ended["student"]["teacher"])
+    exported = model_dir.load(tmp_path / "fold_0" / "model", "genomics").params["teacher"]
+    jax.tree.map(np.testing.assert_array_equal, exported, ended["teacher"]["teacher"])
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), *(ended[s]["student"] for s in ended))
+    assert max(jax.tree.leaves(moved)) > 0
     lines = [json.loads(line) for line in (two_stage / "fold_0" / "metrics.jsonl").read_text().splitlines()]
     assert [line["stage"] for line in lines if line["split"] == "train"] == ["teacher", "student"]
 
@@ -124,7 +125,7 @@ def test_the_teacher_is_bit_identical_in_the_second_stage(two_stage, survival_di
 @pytest.fixture(scope="module")
 def table(two_stage, survival_dir, tmp_path_factory):
     """Predictions of the two-stage run's teacher on every patient."""
-    path = tmp_path_factory.mktemp("table") / "teacher.csv"
+    path = tmp_path_factory.mktemp("table") / "teacher_0.csv"
     found = inference.predict([two_stage / "fold_0" / "model"], survival_dir, "genomics")
     return write_survival_predictions(path, found)
 
@@ -137,7 +138,7 @@ def cached(survival_dir, two_stage, table, **changes):
 
 def test_a_cached_teacher_equals_the_second_stage(two_stage, table, survival_dir, tmp_path):
     """Given the same hazards, and no dropout, the student becomes the same; its run reads no genes."""
-    run.train(cached(survival_dir, two_stage, table), tmp_path)
+    run.train(cached(survival_dir, two_stage, table.parent / "teacher_{fold}.csv"), tmp_path)
     found, expected = predictions(tmp_path), predictions(two_stage)
     np.testing.assert_array_equal(found.case_id, expected.case_id)
     np.testing.assert_allclose(found.risk, expected.risk, atol=1e-5)
@@ -152,9 +153,16 @@ def test_a_table_that_lacks_training_patients_is_refused(two_stage, table, survi
     with pytest.raises(DataError, match=f"no same_fold prediction of 1 of the 24 training patients of fold 0: {train}"):
         run.train(cached(survival_dir, two_stage, short), tmp_path / "run")
     cfg = cached(survival_dir, two_stage, short, distill__allow_missing=True)
-    run.train(cfg, tmp_path / "masked")
-    lines = [json.loads(x) for x in (tmp_path / "masked" / "fold_0" / "metrics.jsonl").read_text().splitlines()]
-    assert 0.5 < lines[0]["taught"] <= 1
+    experiment = load_experiment(cfg)
+    data = fold_data(experiment, 0, run.make_method(experiment))
+    fields = data.train.table.fields
+    assert fields["has_teacher"].sum() == len(fields["has_teacher"]) - 1 == 23
+    row = {case: i for i, case in enumerate(found.case_id)}
+    taught = [i for i in range(24) if fields["has_teacher"][i]]
+    cases = experiment.cohort.case_id[data.split.train]
+    expected = np.float32(found.hazards[[row[cases[i]] for i in taught]])
+    np.testing.assert_array_equal(fields["teacher_hazards"][taught], expected)
+    assert not data.evaluation["test"].table.fields["teacher_hazards"].any(), "test patients have no teacher"
 
 
 def test_a_teacher_that_trained_on_test_patients_is_refused_or_marked(online, survival_dir, tmp_path):
@@ -180,7 +188,6 @@ def test_tables_that_do_not_fit_are_named(online, two_stage, table, survival_dir
         run.train(cached(survival_dir, two_stage, table, fold="1"), tmp_path / "d")
 
 
-def test_the_trainers_config_is_needed_for_a_table(survival_dir, tmp_path):
-    assert survival_tiny.SPEC.n_cases == 48
+def test_a_cached_schedule_without_a_table_is_refused(survival_dir, tmp_path):
     with pytest.raises(ValueError, match="distill.table = FILE"):
         run.train(load(survival_dir, "cached"), tmp_path)
