@@ -159,7 +159,7 @@ def test_a_table_that_lacks_training_patients_is_refused(two_stage, table, survi
     assert fields["has_teacher"].sum() == len(fields["has_teacher"]) - 1 == 23
     row = {case: i for i, case in enumerate(found.case_id)}
     taught = [i for i in range(24) if fields["has_teacher"][i]]
-    cases = experiment.cohort.case_id[data.split.train]
+    cases = np.asarray(experiment.cohort.case_id)[data.split.train]
     expected = np.float32(found.hazards[[row[cases[i]] for i in taught]])
     np.testing.assert_array_equal(fields["teacher_hazards"][taught], expected)
     assert not data.evaluation["test"].table.fields["teacher_hazards"].any(), "test patients have no teacher"
