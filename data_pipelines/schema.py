@@ -27,5 +27,6 @@ PATCHES, SEGMENT_IDS, POSITIONS, COORDS = "patches", "segment_ids", "positions",
 CLUSTERS = "clusters"
 WEIGHT, SLIDE_INDEX, LABEL, GENES, HAS_GENES = "weight", "slide_index", "label", "genes", "has_genes"
 TIME, EVENT = "time_months", "event"
+TEACHER_HAZARDS, HAS_TEACHER = "teacher_hazards", "has_teacher"
 ROW_FIELDS = (PATCHES, SEGMENT_IDS, POSITIONS, COORDS, CLUSTERS)
 """Fields with leading axes [R, L]; sharded over rows. All other fields are per slot [S, ...] and replicated."""

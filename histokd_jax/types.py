@@ -26,6 +26,8 @@ time_months  [S]       float32          follow-up (survival tasks only; 0 in emp
 event        [S]       float32          1 = death observed, 0 = censored (survival tasks only)
 genes        [S, K]    float32          selected genes in rank order (only if the method asks for them)
 has_genes    [S]       bool             False where a slide has no genes
+teacher_hazards [S, C] float32          hazards that a finished run predicted (only if the method asks for them)
+has_teacher  [S]       bool             False where it predicted none
 """
 
 Params = Any

@@ -19,7 +19,7 @@ from data_pipelines.pipeline import SlideTable, StepSource
 from data_pipelines.reader import BagReader
 from data_pipelines.splits import CORRECTED, Split, make_folds, read_folds, split_fingerprint
 from histokd_jax.tasks import Tables, Targets, Task, get_task
-from histokd_jax.train import cluster_choice, gene_choice
+from histokd_jax.train import cluster_choice, gene_choice, teacher_table
 from histokd_jax.train.gene_choice import CNV, GENE_FIELDS, Selection
 from histokd_jax.types import DataSpec, Method
 
@@ -94,6 +94,7 @@ class FoldData:
       split: rows of the cohort in every part.
       targets: the answers of the whole cohort, as the fold's task sees them.
       clusters: of the patches, for methods that read them.
+      marks: what must be said beside every number of the fold.
     """
 
     train: StepSource
@@ -104,6 +105,7 @@ class FoldData:
     split: Split
     targets: Targets
     clusters: cluster_choice.FoldClusters | None = None
+    marks: tuple[str, ...] = ()
 
     def answers(self, part: str) -> Targets:
         """The answers of the samples of a part, in the order of its source."""
@@ -207,6 +209,10 @@ def fold_data(experiment: Experiment, fold: int, method: Method) -> FoldData:
         fields[field] = selection.apply_table(experiment.gene_tables[field])
     if needed:
         fields[schema.HAS_GENES] = cohort.has_genes
+    marks: tuple[str, ...] = ()
+    if schema.TEACHER_HAZARDS in method.requires:
+        teacher = teacher_table.read_teacher(cfg, cohort, split, fold, task.bins.edges)
+        fields, marks = fields | teacher.fields, teacher.marks
     train_plan = _train_plan(experiment, split, method, task.sampling_classes(targets)[split.train])
     clusters = _clusters(experiment, split) if schema.CLUSTERS in method.requires else None
     evaluation = {}
@@ -231,6 +237,7 @@ def fold_data(experiment: Experiment, fold: int, method: Method) -> FoldData:
         split=split,
         targets=targets,
         clusters=clusters,
+        marks=marks,
     )
 
 

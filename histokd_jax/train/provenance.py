@@ -69,9 +69,10 @@ def run_manifest(experiment: Experiment, folds: Mapping[int, FoldData], command:
     manifest, cohort = experiment.manifest, experiment.cohort
     splits = {str(k): data.split_hash for k, data in folds.items()}
     task = experiment.task.run_facts(experiment.cfg, cohort, experiment.folds)
+    marks = [*experiment.marks, *dict.fromkeys(mark for data in folds.values() for mark in data.marks)]
     return {
         **task,
-        **({"marks": experiment.marks} if experiment.marks else {}),
+        **({"marks": marks} if marks else {}),
         "method": experiment.cfg.method,
         "task": experiment.cfg.task,
         "class_names": list(cohort.class_names),
