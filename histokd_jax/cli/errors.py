@@ -17,7 +17,7 @@ def explain(error: BaseException, command: str) -> tuple[int, str]:
     if isinstance(error, Interrupted):
         return 130, f"histokd: {error}"
     if isinstance(error, KeyboardInterrupt):
-        return 130, "histokd: interrupted; the newest checkpoint was kept"
+        return 130, f"histokd {command}: interrupted; whatever was finished is kept, the same command continues"
     if isinstance(error, (ValueError, OSError, DivergedError)):
         return 1, f"histokd {command}: {error}"
     return 1, ""

@@ -176,7 +176,7 @@ def write_table(sweep: Sweep, workdir: pathlib.Path, failed: Mapping[str, str]) 
     table = ablation.ablation_table(runs, sweep.reference, measure=measure, **options)
     marks = ["simulated bags"] if manifest.simulated else []
     marks += ["within one patient, across sections"] if any(s.patient_overlap for s in first.folds) else []
-    marks += first.marks
+    marks += [mark for mark in _marks_of_runs(sweep, workdir) if mark not in marks]
     facts = {
         "title": f"Ablations of {cfg.method}, {cfg.task}, {manifest.name}",
         "marks": marks,
@@ -190,6 +190,15 @@ def write_table(sweep: Sweep, workdir: pathlib.Path, failed: Mapping[str, str]) 
     }
     ablation.write_table(workdir, table, facts, measure.labels)
     return {**facts, **table}
+
+
+def _marks_of_runs(sweep: Sweep, workdir: pathlib.Path) -> list[str]:
+    """What must be said beside the numbers of any run of the sweep, e.g. a teacher that saw test patients."""
+    manifests = [
+        _arm_directory(workdir / name, seed) / "run_manifest.json" for name in sweep.experiments for seed in sweep.seeds
+    ]
+    found = [json.loads(path.read_text()).get("marks", ()) for path in manifests if path.exists()]
+    return list(dict.fromkeys(mark for marks in found for mark in marks))
 
 
 def _predictions(sweep: Sweep, directory: pathlib.Path) -> dict[tuple[int, int], Table]:

@@ -20,8 +20,10 @@ from histokd_jax.methods.ghanet.spec import NetworkSpec
 from histokd_jax.nn.gated_attention import Bags
 from histokd_jax.types import SURVIVAL, Batch, DataSpec, Extra, Method, Mode, Outputs, Params, Stage
 
-__all__ = ["FAITHFUL", "PATHOLOGY", "GHanet", "default_config", "make_method", "make_run", "validate"]
+__all__ = ["CONTROL", "FAITHFUL", "PATHOLOGY", "GHanet", "default_config", "make_method", "make_run", "validate"]
 
+CONTROL = {"loss.rec_weight": 0.0}
+"""The same network without genes: what any claim of benefit must beat (section 9)."""
 PATHOLOGY = "pathology"
 _PATCH_FIELDS = ("patches", "segment_ids", "positions")
 
