@@ -19,6 +19,7 @@ from typing import TextIO
 import numpy as np
 
 from data_pipelines.atomic import storage_errors, temporary
+from histokd_jax.evals.prediction_rows import PredictionRows
 
 COLUMNS = ("case_id", "slide_id", "fold", "mode", "label", "prob")
 UNLABELLED = -1
@@ -31,7 +32,7 @@ class PredictionsError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Predictions:
+class Predictions(PredictionRows):
     """Predictions of one run on one split, one row per (slide, fold, mode).
 
     Attributes:
@@ -50,37 +51,10 @@ class Predictions:
     label: np.ndarray
     probs: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.case_id)
-
     @property
     def num_classes(self) -> int:
         """Number of classes C."""
         return self.probs.shape[1]
-
-    @property
-    def modes(self) -> tuple[str, ...]:
-        """Inference modes, in order of first appearance."""
-        return tuple(dict.fromkeys(self.mode.tolist()))
-
-    @property
-    def folds(self) -> tuple[int, ...]:
-        """Fold numbers, ascending."""
-        return tuple(np.unique(self.fold).tolist())
-
-    def where(self, rows: np.ndarray) -> Predictions:
-        """The rows selected by a boolean mask or an index array."""
-        return Predictions(**{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
-
-    def of_mode(self, mode: str) -> Predictions:
-        """The rows of one inference mode."""
-        return self.where(self.mode == mode)
-
-    def sorted(self) -> Predictions:
-        """The same rows ordered by (mode in order of first appearance, fold, case, slide)."""
-        rank = {mode: i for i, mode in enumerate(self.modes)}
-        order = [rank[mode] for mode in self.mode.tolist()]
-        return self.where(np.lexsort((self.slide_id, self.case_id, self.fold, order)))
 
 
 def make_predictions(

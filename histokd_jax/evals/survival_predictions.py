@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from histokd_jax.evals.prediction_rows import PredictionRows
 from histokd_jax.evals.predictions import PredictionsError, atomic_writer
 
 COLUMNS = ("case_id", "slide_id", "fold", "mode", "time_months", "event", "bin", "risk")
@@ -23,7 +24,7 @@ UNKNOWN = -1
 
 
 @dataclasses.dataclass(frozen=True)
-class SurvivalPredictions:
+class SurvivalPredictions(PredictionRows):
     """Predictions of one run on one split, one row per (sample, fold, mode).
 
     Attributes:
@@ -48,42 +49,15 @@ class SurvivalPredictions:
     risk: np.ndarray
     hazards: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.case_id)
-
     @property
     def num_bins(self) -> int:
         """Number of time bins C; 0 for a Cox head."""
         return self.hazards.shape[1]
 
     @property
-    def modes(self) -> tuple[str, ...]:
-        """Inference modes, in order of first appearance."""
-        return tuple(dict.fromkeys(self.mode.tolist()))
-
-    @property
-    def folds(self) -> tuple[int, ...]:
-        """Fold numbers, ascending."""
-        return tuple(np.unique(self.fold).tolist())
-
-    @property
     def known(self) -> np.ndarray:
         """[n] bool: the follow-up is known."""
         return self.event != UNKNOWN
-
-    def where(self, rows: np.ndarray) -> SurvivalPredictions:
-        """The rows selected by a boolean mask or an index array."""
-        return SurvivalPredictions(**{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
-
-    def of_mode(self, mode: str) -> SurvivalPredictions:
-        """The rows of one inference mode."""
-        return self.where(self.mode == mode)
-
-    def sorted(self) -> SurvivalPredictions:
-        """The same rows ordered by (mode in order of first appearance, fold, case, slides)."""
-        rank = {mode: i for i, mode in enumerate(self.modes)}
-        order = [rank[mode] for mode in self.mode.tolist()]
-        return self.where(np.lexsort((self.slide_id, self.case_id, self.fold, order)))
 
 
 def make_survival_predictions(

@@ -12,6 +12,7 @@ from histokd_jax.losses.survival import CLAMPS
 from histokd_jax.methods.ghanet import spec as nets
 from histokd_jax.methods.ghanet.objective import COX, REC_TERMS, SURVIVAL_LOSSES, ObjectiveSpec
 from histokd_jax.methods.ghanet.spec import NetworkSpec
+from histokd_jax.methods.settings import lookup
 from histokd_jax.ops.pooling import IMPLS
 
 CARRY, DROP, FLUSH = "carry", "drop", "flush_scaled"
@@ -101,20 +102,6 @@ def default_config() -> ml_collections.ConfigDict:
             train=dict(b=32, remainder=DROP, compute_dtype="float32"),
         )
     )
-
-
-def lookup(config: ml_collections.ConfigDict, key: str) -> Any:
-    """Value at a dotted key.
-
-    Raises:
-      ValueError: if the config has no such key.
-    """
-    node = config
-    for part in key.split("."):
-        if part not in node:
-            raise ValueError(f"config key {key!r} is missing; G-HANet needs every key of default_config()")
-        node = node[part]
-    return node
 
 
 def validate(config: ml_collections.ConfigDict) -> None:

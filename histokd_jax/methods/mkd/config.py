@@ -11,6 +11,7 @@ import ml_collections
 from histokd_jax.losses.orthogonal import FORMS
 from histokd_jax.methods.mkd.networks import NetworkSpec
 from histokd_jax.methods.mkd.objective import INTER_LOSSES, NONE, ObjectiveSpec
+from histokd_jax.methods.settings import lookup
 from histokd_jax.nn.affine import INITIALIZERS
 from histokd_jax.nn.fusion import BILINEAR, FUSIONS
 from histokd_jax.nn.genes import TokenSpec
@@ -133,20 +134,6 @@ def default_config() -> ml_collections.ConfigDict:
             infer=dict(mode="pathology", ensemble="none"),
         )
     )
-
-
-def lookup(config: ml_collections.ConfigDict, key: str) -> Any:
-    """Value at a dotted key.
-
-    Raises:
-      ValueError: if the config has no such key.
-    """
-    node = config
-    for part in key.split("."):
-        if part not in node:
-            raise ValueError(f"config key {key!r} is missing; MKD needs every key of default_config()")
-        node = node[part]
-    return node
 
 
 def validate(config: ml_collections.ConfigDict) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from histokd_jax import losses
 from histokd_jax.losses.orthogonal import INNER_ABS_OF_MEAN
+from histokd_jax.methods.settings import with_traced
 from histokd_jax.types import Batch, Metrics, Outputs
 
 ONLINE, TEACHERS_STAGE, STUDENT_STAGE = "online", "teachers", "student"
@@ -88,10 +89,7 @@ class ObjectiveSpec:
         Raises:
           ValueError: for a key that cannot be data.
         """
-        unknown = sorted(set(values) - set(TRACED))
-        if unknown:
-            raise ValueError(f"{unknown} cannot vary between replicas of one program; only {sorted(TRACED)} can")
-        return dataclasses.replace(self, **{TRACED[key]: value for key, value in values.items()})
+        return with_traced(self, TRACED, values)
 
 
 def coral_term(spec: ObjectiveSpec, out: Outputs, where: jax.Array, student_only: bool) -> jax.Array:

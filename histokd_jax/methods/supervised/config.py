@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from histokd_jax.losses.survival import CLAMPS, TIES
+from histokd_jax.methods.settings import lookup
 from histokd_jax.methods.supervised import objective
 from histokd_jax.methods.supervised.networks import NETWORKS, Network, NetworkSpec, network
 from histokd_jax.methods.supervised.objective import ObjectiveSpec
@@ -59,20 +60,6 @@ def default_config() -> ml_collections.ConfigDict:
             train=dict(compute_dtype="float32"),
         )
     )
-
-
-def lookup(config: ml_collections.ConfigDict, key: str) -> Any:
-    """Value at a dotted key.
-
-    Raises:
-      ValueError: if the config has no such key.
-    """
-    node = config
-    for part in key.split("."):
-        if part not in node:
-            raise ValueError(f"config key {key!r} is missing; supervised needs every key of default_config()")
-        node = node[part]
-    return node
 
 
 def selected(config: ml_collections.ConfigDict) -> tuple[Network, dict[str, Any]]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from histokd_jax import losses
 from histokd_jax.losses import survival
+from histokd_jax.methods.settings import with_traced
 from histokd_jax.types import SURVIVAL, Batch, Metrics, Outputs
 
 CE, BCE = "ce", "bce"
@@ -76,10 +77,7 @@ class ObjectiveSpec:
         Raises:
           ValueError: for a key that cannot be data.
         """
-        unknown = sorted(set(values) - set(TRACED))
-        if unknown:
-            raise ValueError(f"{unknown} cannot vary between replicas of one program; only {sorted(TRACED)} can")
-        return dataclasses.replace(self, **{TRACED[key]: value for key, value in values.items()})
+        return with_traced(self, TRACED, values)
 
 
 def mean_over(values: jax.Array, where: jax.Array) -> jax.Array:

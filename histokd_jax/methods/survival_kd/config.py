@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import ml_collections
 
+from histokd_jax.methods.settings import lookup
 from histokd_jax.methods.supervised import config as supervised
 from histokd_jax.methods.supervised.networks import GENES, PATCHES
 from histokd_jax.methods.supervised.objective import COX
@@ -60,20 +60,6 @@ def default_config() -> ml_collections.ConfigDict:
             train=dict(**base["train"], b=32),
         )
     )
-
-
-def lookup(config: ml_collections.ConfigDict, key: str) -> Any:
-    """Value at a dotted key.
-
-    Raises:
-      ValueError: if the config has no such key.
-    """
-    node = config
-    for part in key.split("."):
-        if part not in node:
-            raise ValueError(f"config key {key!r} is missing; survival_kd needs every key of default_config()")
-        node = node[part]
-    return node
 
 
 def as_supervised(config: ml_collections.ConfigDict, group: str) -> ml_collections.ConfigDict:

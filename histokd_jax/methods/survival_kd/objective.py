@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from data_pipelines.schema import HAS_TEACHER, TEACHER_HAZARDS
 from histokd_jax import losses
+from histokd_jax.methods.settings import refuse_untraced
 from histokd_jax.methods.supervised import objective as supervised
 from histokd_jax.types import Batch, Metrics, Outputs
 
@@ -83,10 +84,7 @@ class ObjectiveSpec:
         Raises:
           ValueError: for a key that cannot be data.
         """
-        known = traced_keys(self.teacher is None)
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ValueError(f"{unknown} cannot vary between replicas of one program; only {sorted(known)} can")
+        refuse_untraced(traced_keys(self.teacher is None), values)
         own = {TRACED[key]: value for key, value in values.items() if key in TRACED}
         student = {key: value for key, value in values.items() if key in supervised.TRACED}
         teacher = {key: value for key, value in student.items() if key != _L1}
