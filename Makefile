@@ -32,7 +32,7 @@ $(VENV)/.installed-torch: $(VENV)/.installed-test
 	touch $@
 
 test: install-test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not torch and not bench'
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not torch and not bench and not slow'
 
 test-torch: $(VENV)/.installed-torch
 	$(BIN)/python -m pytest -m torch
@@ -42,7 +42,7 @@ lint: install-test
 	$(BIN)/ruff format --check --line-length 120 .
 
 bench-smoke: install-test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'bench and not torch'
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m '(bench or slow) and not torch'
 
 clean:
 	rm -rf .venv .venv-* .jax_cache build *.egg-info

@@ -10,27 +10,7 @@ Settings: fold=all|0..4, task=NAME, seed=N.
 
 from . import common, supervised
 
-DROPOUT = 0.25
-NETWORKS = {
-    **supervised.NETWORKS,
-    "transmil": dict(width=512, heads=8, landmarks=256, dropout=0.1, tile=256),
-    "mcat": dict(width=256, fusion="concat", dropout=DROPOUT),
-    "porpoise_mmf": dict(
-        width=256,
-        patch_width=512,
-        attn=256,
-        scale=8,
-        gate_path=True,
-        gate_omic=True,
-        skip=True,
-        use_mlp=False,
-        dropout=DROPOUT,
-        input_dropout=0.1,
-    ),
-    "survpath": dict(
-        width=256, attn=128, hidden=64, dropout=DROPOUT, feed_dropout=0.1, padding="corrected", bag_size=4096
-    ),
-}
+NETWORKS = supervised.NETWORKS
 STUDENTS = ("deepsets", "abmil", "clam_sb", "clam_mb", "dsmil", "transmil")
 TEACHERS = {
     "snn": {"teacher.name": "snn", "loss.teacher_l1": 1e-4},
@@ -58,7 +38,9 @@ def get_config(arg: str = ""):
     cfg = common.base()
     cfg.method = "survival_kd"
     cfg.task, cfg.task_kind = "OS", "survival"
-    common.override(cfg, {**supervised.SHARED, "compare.control": True})
+    # Time bins of the cohort: hazards of a teacher that was trained on another fold then mean the same months.
+    bins = {"survival.bins_from": "cohort"}
+    common.override(cfg, {**supervised.SHARED, **supervised.SURVIVAL, **bins, "compare.control": True})
     _model(cfg)
     cfg.student.name = _one(given, STUDENTS, "student") or "abmil"
     cfg.distill.schedule = _one(given, SCHEDULES, "schedule") or "online"

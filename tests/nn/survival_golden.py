@@ -6,11 +6,13 @@ import golden_fill as gf
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from histokd_jax.methods.supervised import torch_keys_multimodal as torch_keys
 from histokd_jax.nn.gated_attention import Bags
 
-PRECISIONS = (gf.FLOAT64, gf.FLOAT32)
+# float64 is the authority; float32 runs in the slow suite.
+PRECISIONS = (gf.FLOAT64, pytest.param(gf.FLOAT32, marks=pytest.mark.slow))
 _WEIGHTS = {
     f"{name}{i}.0": shape for name, shape in (("h", (32, 256)), ("z", (32, 512)), ("o", (32, 32))) for i in (1, 2)
 }

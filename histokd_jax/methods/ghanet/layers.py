@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from histokd_jax.nn.affine import TORCH_DEFAULT, Affine, operand
+from histokd_jax.nn.affine import TORCH_DEFAULT, Affine
 from histokd_jax.ops.dropout import slot_dropout
 
 NormParams = Mapping[str, jax.Array]
@@ -143,21 +143,15 @@ class Attention(nn.Module):
           [S, heads * T, H]; row h * T + t belongs to head h and token t.
         """
         q, kernel = self._split(self.q(tokens)), self._blocks(self.k)
-        moved = jnp.einsum(
-            "sqhd,ihd->shqi", operand(q, self.dtype), operand(kernel, self.dtype), preferred_element_type=q.dtype
-        )
+        # In full precision: tokens are few, and CPUs have no batched bfloat16 product with a float32 result.
+        moved = jnp.einsum("sqhd,ihd->shqi", q, kernel)
         return moved.reshape(tokens.shape[0], -1, self.width) / math.sqrt(self.head_dim)
 
     def finish(self, pooled: jax.Array) -> jax.Array:
         """From weighted sums of the context [S, heads * T, H] to the output [S, T, H]."""
         pooled = pooled.reshape(pooled.shape[0], self.heads, -1, self.width)
         kernel = self._blocks(self.v)
-        mixed = jnp.einsum(
-            "shqi,ihd->sqhd",
-            operand(pooled, self.dtype),
-            operand(kernel, self.dtype),
-            preferred_element_type=jnp.promote_types(pooled.dtype, kernel.dtype),
-        )
+        mixed = jnp.einsum("shqi,ihd->sqhd", pooled, kernel)
         return self.out(mixed.reshape(*mixed.shape[:2], -1))
 
     def _split(self, x: jax.Array) -> jax.Array:

@@ -151,10 +151,14 @@ def standard(method, params):
     return jax.jit(jax.value_and_grad(step_loss(method, setup.batch(), jax.random.key(1))))(params)
 
 
-@pytest.mark.parametrize("name", ABLATIONS)
+# One per part of the network; the others only in the slow suite.
+QUICK = ("no_cab", "own_attention", "free_map", "prob", "readout_mean", "cox")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ABLATIONS])
 def test_every_ablation_trains_and_predicts(params, standard, name):
     """Each switch gives a finite loss and gradient, and (with the same values where names agree) another result."""
-    other = setup.small_method(**ABLATIONS[name], data__pool="segment")
+    other = setup.small_method(**ABLATIONS[name], data__pool="chunked" if name == "bf16" else "segment")
     own = jax.jit(other.init)(jax.random.key(0))[0]
     batch = setup.batch()
     value, grads = jax.jit(jax.value_and_grad(step_loss(other, batch, jax.random.key(1))))(own)
@@ -223,7 +227,12 @@ def test_C26_same_seed_gives_identical_losses(method):
     assert first == train(method, 3) and first != train(method, 4)
 
 
-@pytest.mark.parametrize("axes,detach", [((4, 1), True), ((2, 4), True), ((2, 4), False)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "axes,detach", [pytest.param((4, 1), True, marks=SLOW), ((2, 4), True), pytest.param((2, 4), False, marks=SLOW)]
+)
 def test_devices_give_the_values_and_gradients_of_one(params, axes, detach):
     method = setup.small_method(data__pool="chunked", hsb__detach_map=detach)
     batch = setup.packed(setup.bags(), rows=8) | setup.slot_fields(len(setup.SIZES))

@@ -35,7 +35,9 @@ def method_of(name, groups=GROUPS, **options):
     return make_method(config_of(name, **options), data)
 
 
-@pytest.mark.parametrize("name", sorted(NARROW))
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "mcat" else n for n in sorted(NARROW)]
+)
 def test_training_step_and_prediction(name):
     method, batch = method_of(name), setup.batch()
     params, extra = jax.jit(method.init)(jax.random.key(0))

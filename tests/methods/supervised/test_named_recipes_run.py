@@ -36,7 +36,9 @@ def signatures(survival_dir, path):
     return path
 
 
-@pytest.mark.parametrize("arg", RUNS)
+@pytest.mark.parametrize(
+    "arg", [pytest.param(arg, marks=pytest.mark.slow) if arg == "transmil" else arg for arg in RUNS]
+)
 def test_a_named_configuration_trains(arg, survival_dir, tmp_path):
     settings = {**SHARED, **RUNS[arg], "data.dir": survival_dir, "train.b": 12, "split.val_fraction": 0.0}
     if arg == "mcat":

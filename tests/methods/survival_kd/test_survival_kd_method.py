@@ -48,7 +48,9 @@ def largest(tree):
     return max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("teacher,student,options", PAIRS)
+@pytest.mark.parametrize(
+    "teacher,student,options", [*PAIRS[:2], *(pytest.param(*p, marks=pytest.mark.slow) for p in PAIRS[2:])]
+)
 def test_any_pair_trains_and_deploys_both_networks(teacher, student, options):
     value, grads = gradients_of("online", teacher, student, **options, **ON)
     assert np.isfinite(value) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
@@ -85,7 +87,9 @@ def two_steps(method, stage, batch):
     return state.params
 
 
-@pytest.mark.parametrize("teacher,student", [("snn", "clam_sb"), ("porpoise_mmf", "abmil")])
+@pytest.mark.parametrize(
+    "teacher,student", [("snn", "clam_sb"), pytest.param("porpoise_mmf", "abmil", marks=pytest.mark.slow)]
+)
 def test_with_all_weights_0_the_student_is_the_supervised_network(teacher, student):
     """Same parameters after two steps with dropout; with weights on they differ."""
     batch = setup.batch(lacking=(1,))

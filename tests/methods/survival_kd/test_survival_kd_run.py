@@ -73,7 +73,7 @@ def test_the_control_is_the_supervised_student(online, survival_dir, tmp_path):
     """Same seed, same split, same steps: the numbers of configs/supervised.py."""
     path, _ = online
     changes = {**SMALL, "data.dir": str(survival_dir)}
-    changes = {k.replace("student.", "model."): v for k, v in changes.items()}
+    changes = {k.replace("student.", "model."): v for k, v in changes.items()} | {"survival.bins_from": "cohort"}
     cfg = config.load("configs/supervised.py:abmil,smoke", [f"{key}={value}" for key, value in changes.items()])
     run.train(cfg, tmp_path)
     control = predictions(path / "control")
