@@ -172,6 +172,7 @@ def reference_update(params, rows, genes, label, event, recipe):
     return jax.tree.map(adam, params, jax.grad(loss)(params))
 
 
+@pytest.mark.slow
 def test_one_update_is_a_sum_over_bags_with_the_l1_term_once_per_bag(data):
     """The first Adam step from a known start, without dropout, equals the written-out one; so does its risk."""
     cohort = gs.read_cohort(data, "mcat", "ucec")

@@ -37,7 +37,7 @@ def signatures(survival_dir, path):
 
 
 @pytest.mark.parametrize(
-    "arg", [pytest.param(arg, marks=pytest.mark.slow) if arg == "transmil" else arg for arg in RUNS]
+    "arg", [pytest.param(arg, marks=pytest.mark.slow) if arg in ("transmil", "mcat") else arg for arg in RUNS]
 )
 def test_a_named_configuration_trains(arg, survival_dir, tmp_path):
     settings = {**SHARED, **RUNS[arg], "data.dir": survival_dir, "train.b": 12, "split.val_fraction": 0.0}
