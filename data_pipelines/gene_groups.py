@@ -15,6 +15,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.genes import GeneTable
 from data_pipelines.group_tests import benjamini_hochberg, smallest, welch
 from data_pipelines.sampling import draw_epoch
+from data_pipelines.survival import sampling_class
 
 SUFFIXES = ("_mut", "_cnv", "_rnaseq")
 METADATA = ("by_name", "positional")
@@ -282,7 +283,7 @@ def _draws(bins: np.ndarray, event: np.ndarray, select_on: str, seed: int) -> np
     """Positions among the training rows that take part in the test."""
     if select_on == UNIQUE_PATIENTS:
         return np.arange(len(bins))
-    classes = 2 * bins.astype(np.int64) + (1 - np.asarray(event).astype(np.int64))
+    classes = sampling_class(bins, event)
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(3,)))
     return draw_epoch(
         np.ones(len(bins)), classes, len(bins), sampler="class_balanced_replacement", stratified=False, rng=rng

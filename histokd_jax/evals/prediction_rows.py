@@ -2,10 +2,51 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import pathlib
 from typing import Self
 
 import numpy as np
+
+
+class PredictionsError(ValueError):
+    """A prediction table that breaks the schema; names file, row and field."""
+
+
+def read_cells(path: pathlib.Path) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a prediction table as text.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+    """
+    with path.open(newline="", encoding="utf-8") as stream:
+        reader = csv.reader(stream)
+        header = next(reader, [])
+        return header, list(reader)
+
+
+def cells_by_name(path: pathlib.Path, number: int, header: list[str], row: list[str]) -> dict[str, str]:
+    """Column -> cell of one row; `number` is its line in the file, 1 = header.
+
+    Raises:
+      PredictionsError: the row is shorter or longer than the header.
+    """
+    if len(row) != len(header):
+        raise PredictionsError(f"{path}: row {number} has {len(row)} fields, the header has {len(header)}")
+    return dict(zip(header, row, strict=True))
+
+
+def parse_number(path: pathlib.Path, row: int, column: str, text: str, kind: type) -> int | float:
+    """A cell as int or float.
+
+    Raises:
+      PredictionsError: naming file, row and column.
+    """
+    try:
+        return kind(text)
+    except ValueError:
+        raise PredictionsError(f"{path}: row {row}, column {column}: {text!r} is not {kind.__name__}") from None
 
 
 class PredictionRows:

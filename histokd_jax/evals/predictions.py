@@ -19,16 +19,18 @@ from typing import TextIO
 import numpy as np
 
 from data_pipelines.atomic import storage_errors, temporary
-from histokd_jax.evals.prediction_rows import PredictionRows
+from histokd_jax.evals.prediction_rows import (
+    PredictionRows,
+    PredictionsError,
+    cells_by_name,
+    parse_number,
+    read_cells,
+)
 
 COLUMNS = ("case_id", "slide_id", "fold", "mode", "label", "prob")
 UNLABELLED = -1
 # Probabilities of a bfloat16 softmax sum to 1 within about 1e-2.
 SUM_TOLERANCE = 2e-2
-
-
-class PredictionsError(ValueError):
-    """A prediction table that breaks the schema; names file, row and field."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,11 +154,8 @@ def read_predictions(path: str | os.PathLike[str]) -> Predictions:
       PredictionsError: naming file, row (1 = header) and column of what breaks the schema.
     """
     path = pathlib.Path(path)
-    with path.open(newline="", encoding="utf-8") as stream:
-        reader = csv.reader(stream)
-        header = next(reader, [])
-        num_classes = _classes_of_header(path, header)
-        rows = list(reader)
+    header, rows = read_cells(path)
+    num_classes = _classes_of_header(path, header)
     if not rows:
         raise PredictionsError(f"{path}: no rows below the header; did the run finish an evaluation?")
     parsed = [_parse_row(path, number, header, row) for number, row in enumerate(rows, start=2)]
@@ -211,30 +210,21 @@ def _classes_of_header(path: pathlib.Path, header: list[str]) -> int:
 
 
 def _parse_row(path: pathlib.Path, number: int, header: list[str], row: list[str]) -> tuple:
-    if len(row) != len(header):
-        raise PredictionsError(f"{path}: row {number} has {len(row)} fields, the header has {len(header)}")
-    cell = dict(zip(header, row, strict=True))
+    cell = cells_by_name(path, number, header, row)
     class_columns = [name for name in header if name not in COLUMNS]
     return (
         cell["case_id"],
         cell["slide_id"],
-        _number(path, number, "fold", cell["fold"], int),
+        parse_number(path, number, "fold", cell["fold"], int),
         cell["mode"],
-        UNLABELLED if cell["label"] == "" else _number(path, number, "label", cell["label"], int),
+        UNLABELLED if cell["label"] == "" else parse_number(path, number, "label", cell["label"], int),
         _probability(path, number, "prob", cell["prob"]),
         [_probability(path, number, name, cell[name]) for name in class_columns],
     )
 
 
-def _number(path: pathlib.Path, row: int, column: str, text: str, kind: type) -> int | float:
-    try:
-        return kind(text)
-    except ValueError:
-        raise PredictionsError(f"{path}: row {row}, column {column}: {text!r} is not {kind.__name__}") from None
-
-
 def _probability(path: pathlib.Path, row: int, column: str, text: str) -> float:
-    value = _number(path, row, column, text, float)
+    value = parse_number(path, row, column, text, float)
     if not math.isfinite(value) or not 0.0 <= value <= 1.0:
         raise PredictionsError(f"{path}: row {row}, column {column}: {text!r}; a finite value in [0, 1] is expected")
     return value

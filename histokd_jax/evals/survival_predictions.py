@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from histokd_jax.evals.prediction_rows import PredictionRows
+from histokd_jax.evals.prediction_rows import PredictionRows, cells_by_name, parse_number, read_cells
 from histokd_jax.evals.predictions import PredictionsError, atomic_writer
 
 COLUMNS = ("case_id", "slide_id", "fold", "mode", "time_months", "event", "bin", "risk")
@@ -158,10 +158,7 @@ def read_survival_predictions(path: str | os.PathLike[str]) -> SurvivalPredictio
       PredictionsError: naming file, row (1 = header) and column of what breaks the schema.
     """
     path = pathlib.Path(path)
-    with path.open(newline="", encoding="utf-8") as stream:
-        reader = csv.reader(stream)
-        header = next(reader, [])
-        rows = list(reader)
+    header, rows = read_cells(path)
     _check_header(path, header)
     if not rows:
         raise PredictionsError(f"{path}: no rows below the header; did the run finish an evaluation?")
@@ -182,19 +179,12 @@ def _check_header(path: pathlib.Path, header: list[str]) -> None:
 
 
 def _parse_row(path: pathlib.Path, number: int, header: list[str], row: list[str]) -> tuple:
-    if len(row) != len(header):
-        raise PredictionsError(f"{path}: row {number} has {len(row)} fields, the header has {len(header)}")
-    cell = dict(zip(header, row, strict=True))
+    cell = cells_by_name(path, number, header, row)
 
     def value(column: str, kind: type, blank=None):
         if cell[column] == "" and blank is not None:
             return blank
-        try:
-            return kind(cell[column])
-        except ValueError:
-            raise PredictionsError(
-                f"{path}: row {number}, column {column}: {cell[column]!r} is not {kind.__name__}"
-            ) from None
+        return parse_number(path, number, column, cell[column], kind)
 
     return (
         cell["case_id"],
