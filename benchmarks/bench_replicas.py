@@ -21,6 +21,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from benchmarks import bench_step, common
+from configs import common as settings
 from data_pipelines import schema
 from data_pipelines.packing import PackPlan, PlanOptions, plan_coupled
 from data_pipelines.pipeline import BatchAssembler, SlideTable, StepSource
@@ -65,8 +66,8 @@ def make_batches(config: Mapping[str, Any]) -> tuple[list[list[dict[str, np.ndar
 
 def make_programs(config: Mapping[str, Any]) -> tuple[Programs, ConfigDict]:
     """The library's programs for MKD, and the settings they read."""
-    train = {"wd": 1e-5, "decay_bias": True, "batching": "packed", "replica_loop": config["loop"]}
-    cfg = ConfigDict({"train": train, "mesh": {"fsdp": False}})
+    cfg = settings.base()
+    cfg.train.replica_loop = config["loop"]
     method = bench_step.build_method("mkd", config["compute_dtype"], config)
     return Programs(method, cfg, sharding.make_mesh(1)), cfg
 
