@@ -30,3 +30,8 @@ TIME, EVENT = "time_months", "event"
 TEACHER_HAZARDS, HAS_TEACHER = "teacher_hazards", "has_teacher"
 ROW_FIELDS = (PATCHES, SEGMENT_IDS, POSITIONS, COORDS, CLUSTERS)
 """Fields with leading axes [R, L]; sharded over rows. All other fields are per slot [S, ...] and replicated."""
+
+# Fields of a step of image pairs; shapes are given in histokd_jax.types.Batch.
+IMAGE, PARTNER, HAS_PARTNER, HAS_LABEL, EXAMPLE = "image", "partner", "has_partner", "has_label", "example"
+PAIR_FIELDS = (IMAGE, PARTNER, HAS_PARTNER, LABEL, HAS_LABEL, EXAMPLE, WEIGHT, SLIDE_INDEX)
+"""Fields with a leading axis [B], one example each; sharded over examples."""

@@ -28,6 +28,19 @@ genes        [S, K]    float32          selected genes in rank order (only if th
 has_genes    [S]       bool             False where a slide has no genes
 teacher_hazards [S, C] float32          hazards that a finished run predicted (only if the method asks for them)
 has_teacher  [S]       bool             False where it predicted none
+
+A step of image pairs (paired stains, self-supervision) holds B examples instead of bags:
+
+image        [B, H, W, 3] uint8         the modality of deployment: an H&E tile
+partner      [B, H, W, 3] uint8         what is only known in training (an IHC or IF image, a mask), or [B, P] float32
+                                        (a vector, e.g. expression); zeros where there is none
+has_partner  [B]       bool             False where an example has no partner
+label        [B]       int32            class index (0 where there is none)
+has_label    [B]       bool             False where an example has no label
+example      [B]       int32            number of the example in the data set; with the step it seeds augmentation, so
+                                        that an example is augmented alike on any number of devices
+weight       [B]       float32          1 for a real example, 0 for one that only fills the last step
+slide_index  [B]       int32            as `example`, -1 for a filler
 """
 
 Params = Any
