@@ -215,6 +215,7 @@ class Trainer:
       method: what to train.
       example: host batch that fixes the shapes.
       mesh: where to train; default: one device.
+      stage: name of the stage to train; default: the only one.
 
     Attributes:
       mesh: the mesh.
@@ -223,9 +224,16 @@ class Trainer:
       argument_mib: state and batch.
     """
 
-    def __init__(self, method: Method, example: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh | None = None):
+    def __init__(
+        self,
+        method: Method,
+        example: Mapping[str, np.ndarray],
+        mesh: jax.sharding.Mesh | None = None,
+        stage: str | None = None,
+    ):
         self.mesh = sharding.make_mesh(1) if mesh is None else mesh
-        everywhere, (stage,) = sharding.replicated(self.mesh), method.stages
+        (stage,) = (s for s in method.stages if stage in (None, s.name))
+        everywhere = sharding.replicated(self.mesh)
         params, extra, rng = state.init_params(method, SEED)
         tx = optim.make_optimizer(weight_decay=1e-5, decay_bias=True, trainable=stage.trainable, groups=tuple(params))
         batch = self.put(example)
