@@ -42,7 +42,7 @@ lint: install-test
 	$(BIN)/ruff format --check --line-length 120 .
 
 bench-smoke: install-test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m '(bench or slow) and not torch'
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m '(bench or slow) and not torch'
 
 clean:
 	rm -rf .venv .venv-* .jax_cache build *.egg-info

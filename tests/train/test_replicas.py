@@ -83,7 +83,7 @@ class StopAfter(StopRequest):
         return self._left < 0
 
 
-@pytest.mark.parametrize(("loop", "devices"), [("map", 1), ("vmap", 1), ("map", 3)])
+@pytest.mark.parametrize(("loop", "devices"), [("map", 1), ("vmap", 1), pytest.param("map", 3, marks=pytest.mark.slow)])
 def test_replicas_equal_sequential_runs(tiny_settings, sequential, tmp_path, monkeypatch, loop, devices):
     """2 folds x 2 seeds x 2 weights; on 3 devices one place of the last is filled up."""
     programs, compile_one = [], replica_step.ReplicaPrograms._compile

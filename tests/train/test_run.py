@@ -368,7 +368,11 @@ checkpoint.RunCheckpoints.save = killing
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("prelude", [BETWEEN_SAVES, WHILE_SAVING], ids=["between saves", "while saving"])
+@pytest.mark.parametrize(
+    "prelude",
+    [pytest.param(BETWEEN_SAVES, marks=pytest.mark.slow), WHILE_SAVING],
+    ids=["between saves", "while saving"],
+)
 def test_killed_run_continues_from_the_last_checkpoint_and_equals_the_uninterrupted_one(
     tiny_config, cohort_dir, trained, tmp_path, prelude
 ):
@@ -380,6 +384,7 @@ def test_killed_run_continues_from_the_last_checkpoint_and_equals_the_uninterrup
     assert_same_run(trained, tmp_path)
 
 
+@pytest.mark.slow
 def test_gmkdn_trains_and_predicts_with_two_gene_streams(tiny_config, cohort_dir, tmp_path):
     """The journal variant end to end; a copy of the expression table stands in for copy numbers."""
     cnv = str(cohort_dir / "tables" / "genes.npz")

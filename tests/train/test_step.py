@@ -177,7 +177,10 @@ def compiled_step(method, batch, mesh, params):
         return jax.jit(train).lower(start, shapes, jnp.float32(1e-3)).compile().as_text()
 
 
-@pytest.mark.parametrize(("devices", "sequence", "pool"), [(8, 1, "chunked"), (2, 4, "chunked"), (2, 4, "segment")])
+@pytest.mark.parametrize(
+    ("devices", "sequence", "pool"),
+    [(2, 4, "chunked"), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((8, 1, "chunked"), (2, 4, "segment")))],
+)
 def test_bytes_sent_are_bounded_by_parameters_and_embeddings_whatever_the_bags(tiny_config, devices, sequence, pool):
     """Read from the compiled program: no patch travels, and ten times longer rows send the same bytes."""
     cfg, method, data = build(tiny_config, data__rows=ROWS_MULTIPLE, data__pool=pool)

@@ -247,6 +247,7 @@ def test_check_B13_genes_alone_and_a_cox_head(survival_config, tmp_path, loss):
     assert facts["spec"]["num_genes"] == 24 and facts["selections"]["genes"]["source"]["kind"] == "all"
 
 
+@pytest.mark.slow
 def test_ghanet_reads_gene_groups_of_every_fold_and_deploys_without_genes(survival_dir, tmp_path):
     groups = [[f"SIMGENE{4 * g + i + 1:05d}" for i in range(4)] for g in range(6)]
     rows = [",".join(f"group{g}" for g in range(6)), *(",".join(column) for column in zip(*groups))]

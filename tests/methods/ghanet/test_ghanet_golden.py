@@ -62,9 +62,16 @@ def named(run, params, batch, details, value):
     return out | {f"reconstruction_{i}": part for i, part in enumerate(parts)}
 
 
-@pytest.mark.parametrize("pool", ["chunked", "segment"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("case_name", ["default", "n57"])
+@pytest.mark.parametrize(
+    ("case_name", "pool"),
+    [
+        ("default", "segment"),
+        ("n57", "chunked"),
+        pytest.param("default", "chunked", marks=pytest.mark.slow),
+        pytest.param("n57", "segment", marks=pytest.mark.slow),
+    ],
+)
 def test_C14_golden_outputs_losses_and_gradients(golden_dir, case_name, precision, pool):
     with setup.precision_context(precision):
         case, value, outputs, gradients, g_inputs = run_case(

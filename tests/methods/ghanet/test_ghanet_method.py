@@ -152,7 +152,7 @@ def standard(method, params):
 
 
 # One per part of the network; the others only in the slow suite.
-QUICK = ("no_cab", "own_attention", "free_map", "prob", "readout_mean", "cox")
+QUICK = ("no_cab", "free_map", "cox")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ABLATIONS])

@@ -164,7 +164,7 @@ def test_C8_reconstruction_loss_never_reaches_hsb(run, params):
     assert largest(grads["HSB"]) == 0.0 and largest(grads["HEADS"]) > 0 and largest(grads["CAB"]["proj"]) > 0
 
 
-@pytest.mark.parametrize("pool", ["chunked", "segment"])
+@pytest.mark.parametrize("pool", [pytest.param("chunked", marks=pytest.mark.slow), "segment"])
 def test_C9_the_genotype_view_is_a_constant_and_the_morphology_view_is_not(params, pool):
     batch = setup.batch()
     run = setup.small_run(loss__rec_weight=0.0, data__pool=pool)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from histokd_jax.methods.mkd.config import default_config
 from histokd_jax.methods.mkd.method import make_method
@@ -59,6 +60,7 @@ def train(method, data):
     return params, history
 
 
+@pytest.mark.slow
 def test_check_M_learning_smoke():
     method, data = make_method(default_config(), DataSpec(1024, 2, 8192)), cohort()
     params, history = jax.jit(lambda: train(method, data))()

@@ -88,7 +88,7 @@ def two_steps(method, stage, batch):
 
 
 @pytest.mark.parametrize(
-    "teacher,student", [("snn", "clam_sb"), pytest.param("porpoise_mmf", "abmil", marks=pytest.mark.slow)]
+    "teacher,student", [pytest.param("snn", "clam_sb", marks=pytest.mark.slow), ("porpoise_mmf", "abmil")]
 )
 def test_with_all_weights_0_the_student_is_the_supervised_network(teacher, student):
     """Same parameters after two steps with dropout; with weights on they differ."""
