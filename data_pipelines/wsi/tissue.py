@@ -269,10 +269,12 @@ def _ink(od: np.ndarray, mpp: float) -> np.ndarray:
     red, green, blue = np.moveaxis(od, -1, 0)
     total = red + green + blue
     excess = red - green
-    cold = _without_small((excess > 0.07 * total) & (total > 0.6), _MIN_INK_UM2 / mpp**2)
+    dense = (excess > 0.02 * total) & (total > 1.6)
+    cold = (excess > 0.07 * total) & (total > 0.6)
+    cold = _without_small(cold | dense, _MIN_INK_UM2 / mpp**2)
     warm = (green > 0.65) & (blue > 0.65 * green) & (red < 0.2 * green)
     warm = _without_small(warm, _MIN_INK_UM2 / mpp**2)
-    pale_cold = (excess > 0.035 * total) & (total > 0.12)
+    pale_cold = dense | ((excess > 0.035 * total) & (total > 0.12))
     pale_warm = (green > 0.12) & (blue > 0.6 * green) & (red < 0.25 * green)
     return _grown(cold, pale_cold, mpp) | _grown(warm, pale_warm, mpp)
 

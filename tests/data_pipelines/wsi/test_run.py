@@ -173,7 +173,7 @@ def test_slightly_oblong_pixels_are_their_mean(tmp_path):
 
 
 def test_defocused_tissue_is_left_out_and_counted(tmp_path):
-    mask = slides.box(HEIGHT, WIDTH, 200, 200, 1600, 1200)
+    mask = slides.box(HEIGHT, WIDTH, 256, 256, 1536, 1152)
     sharp = slides.stain(slides.glass(HEIGHT, WIDTH), mask)
     soft = slides.stain(slides.glass(HEIGHT, WIDTH), mask, blur=8)
     rgb = np.where(slides.box(HEIGHT, WIDTH, 1024, 0, WIDTH, HEIGHT)[..., None], soft, sharp)
