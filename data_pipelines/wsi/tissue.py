@@ -25,6 +25,7 @@ _MIN_INK_UM2 = 4_000.0
 _MIN_BLACK_UM2 = 10_000.0
 _OTSU_BOUNDS = (0.05, 0.15)
 _LOW_SHARE, _LOW_FLOOR = 0.6, 0.035
+_MAX_TINT = 25.0
 _EIGHT = np.ones((3, 3), bool)
 
 
@@ -136,7 +137,8 @@ def segment(rgb: np.ndarray, mpp: float, options: TissueOptions) -> TissueMap:
 def background(rgb: np.ndarray) -> np.ndarray:
     """Colour of the empty glass.
 
-    Pure white (frames, areas that were not scanned) does not count where something else is bright, too.
+    Pure white (frames, areas that were not scanned) does not count where something else is bright, too. Where the
+    brightest pixels are coloured no glass is in view, and white of the same brightness is assumed.
 
     Args:
       rgb: [height, width, 3].
@@ -152,7 +154,10 @@ def background(rgb: np.ndarray) -> np.ndarray:
         return np.full(3, 255, np.float32)
     light = pixels.mean(axis=1)
     bright = pixels[light >= np.percentile(light, 95)]
-    return np.clip(np.median(bright, axis=0), 200, 255).astype(np.float32)
+    colour = np.median(bright, axis=0)
+    if np.ptp(colour) > _MAX_TINT:
+        colour = np.full(3, max(colour.max(), 240.0))
+    return np.clip(colour, 200, 255).astype(np.float32)
 
 
 def optical_density(rgb: np.ndarray, white: np.ndarray) -> np.ndarray:
@@ -237,8 +242,8 @@ def _fluorescence(rgb: np.ndarray, mpp: float) -> tuple[np.ndarray, float]:
 
 def _brightfield(rgb: np.ndarray, mpp: float, with_ink: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Signal [height, width] with 0 on ink and black areas, and those two masks."""
-    light = rgb.max(axis=-1)
-    if (light < 60).mean() > 0.5 and (light > 170).mean() < 0.05:
+    light = rgb.mean(axis=-1)
+    if (light < 60).mean() > 0.5 and (light > 150).mean() < 0.05:
         raise NoTissue(
             "dark background",
             "most of the slide is black: a fluorescence image? Tissue is found there with --tissue fluorescence",
@@ -272,10 +277,10 @@ def _ink(od: np.ndarray, mpp: float) -> np.ndarray:
     dense = (excess > 0.02 * total) & (total > 1.6)
     cold = (excess > 0.07 * total) & (total > 0.6)
     cold = _without_small(cold | dense, _MIN_INK_UM2 / mpp**2)
-    warm = (green > 0.65) & (blue > 0.65 * green) & (red < 0.2 * green)
+    warm = (green > 0.7) & (blue > 0.65 * green) & (red < 0.14 * green)
     warm = _without_small(warm, _MIN_INK_UM2 / mpp**2)
     pale_cold = dense | ((excess > 0.035 * total) & (total > 0.12))
-    pale_warm = (green > 0.12) & (blue > 0.6 * green) & (red < 0.25 * green)
+    pale_warm = (green > 0.12) & (blue > 0.6 * green) & (red < 0.2 * green)
     return _grown(cold, pale_cold, mpp) | _grown(warm, pale_warm, mpp)
 
 

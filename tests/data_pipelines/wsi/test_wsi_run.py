@@ -85,7 +85,7 @@ def test_counts_of_a_slide_add_up(whole):
         grid = read_coords(whole[1].folder / "patches" / f"{row['slide_id']}_patches.h5")
         rejected = {reason: row[reason] for reason in ("background", "ink", "black", "blurred", "edge")}
         assert row["n_grid"] == row["n_tiles"] + sum(rejected.values())
-        assert len(grid) == row["n_tiles"] > 20 and grid.rejected == rejected
+        assert len(grid) == row["n_tiles"] > 10 and grid.rejected == rejected
         assert (row["mpp_source"], row["patch_size_level0"], row["tile_mpp"]) == ("slide", 128, 1.0)
 
 
