@@ -20,7 +20,7 @@ from data_pipelines.wsi.contours import well_composed
 MODES = ("brightfield", "fluorescence", "all")
 _SMOOTH_UM = 6.0
 _CLOSE_UM = 12.0
-_INK_MARGIN_UM = 24.0
+_INK_REACH_UM, _INK_MARGIN_UM = 40.0, 16.0
 _MIN_INK_UM2 = 4_000.0
 _MIN_BLACK_UM2 = 10_000.0
 _OTSU_BOUNDS = (0.05, 0.15)
@@ -278,22 +278,19 @@ def _ink(od: np.ndarray, mpp: float) -> np.ndarray:
     cold = (excess > 0.07 * total) & (total > 0.6)
     cold = _without_small(cold | dense, _MIN_INK_UM2 / mpp**2)
     warm = (green > 0.7) & (blue > 0.65 * green) & (red < 0.14 * green)
-    warm = _without_small(warm, _MIN_INK_UM2 / mpp**2)
+    warm |= (green > 1.0) & (blue > 0.6 * green) & (red < 0.35 * green)  # over tissue, which absorbs red
     pale_cold = dense | ((excess > 0.035 * total) & (total > 0.12))
-    pale_warm = (green > 0.12) & (blue > 0.6 * green) & (red < 0.2 * green)
-    return _grown(cold, pale_cold, mpp) | _grown(warm, pale_warm, mpp)
+    pale_warm = warm | ((green > 0.12) & (blue > 0.6 * green) & (red < 0.2 * green))
+    return _grown(cold, pale_cold, mpp) | _grown(_without_small(warm, _MIN_INK_UM2 / mpp**2), pale_warm, mpp)
 
 
 def _grown(seeds: np.ndarray, into: np.ndarray, mpp: float) -> np.ndarray:
-    """Seeds, what of `into` is connected to them, and a margin."""
+    """Seeds, what of `into` is connected to them within a short way, and a margin."""
     if not seeds.any():
         return seeds
-    labels, count = ndimage.label(into | seeds, _EIGHT)
-    keep = np.zeros(count + 1, bool)
-    keep[labels[seeds]] = True
-    keep[0] = False
-    radius = max(1, round(_INK_MARGIN_UM / mpp))
-    return ndimage.binary_dilation(keep[labels], disk(1), iterations=radius)
+    reach, margin = (max(1, round(width / mpp)) for width in (_INK_REACH_UM, _INK_MARGIN_UM))
+    near = ndimage.binary_dilation(seeds, _EIGHT, iterations=reach, mask=into | seeds)
+    return ndimage.binary_dilation(near, disk(margin))
 
 
 def _why_none(signal: np.ndarray, threshold: float, ink: np.ndarray, black: np.ndarray, options: TissueOptions) -> str:

@@ -121,7 +121,7 @@ def test_sharpness_is_the_ratio_of_two_energies():
 
 
 def test_sharpness_falls_with_defocus_and_not_with_contrast():
-    values = [focus.sharpness(tile(blur)) for blur in (0, 1, 2, 4)]
+    values = [focus.sharpness(tile(blur)) for blur in (0, 2, 4, 8)]
     assert all(a > 2 * b for a, b in zip(values, values[1:]))
     assert focus.sharpness(tile(contrast=0.4)) == pytest.approx(values[0], rel=0.1)
     half = tile()
@@ -134,4 +134,4 @@ def test_blurred_tiles_are_those_far_below_the_slides_own():
     assert np.flatnonzero(focus.blurred(values, 0.15)).tolist() == [12, 13]
     assert not focus.blurred(values, 0).any() and focus.blurred(np.zeros(0), 0.15).shape == (0,)
     assert focus.blurred(np.full(20, 0.001), 0.15).all(), "a slide without any sharp tile"
-    assert focus.blurred(np.array([1.0, 0.1]), 0.15).tolist() == [False, False], "too few to know what is typical"
+    assert focus.blurred(np.array([1.0, 0.16]), 0.2).tolist() == [False, False], "too few to know what is typical"
