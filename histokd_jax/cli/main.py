@@ -21,6 +21,7 @@ from histokd_jax.cli import (
     simulate,
     splits,
     sweep,
+    tile,
     train,
     validate,
 )
@@ -28,6 +29,7 @@ from histokd_jax.cli import (
 COMMANDS = {
     "demo": demo,
     "simulate": simulate,
+    "tile": tile,
     "import": import_features,
     "validate": validate,
     "splits": splits,
@@ -43,6 +45,7 @@ EPILOG = """\
 A first session:
   histokd demo                                   everything end to end on a simulated cohort, a few minutes
   histokd simulate --out data/sim                write a simulated cohort
+  histokd tile SLIDES --out job                  tissue and tile coordinates of whole-slide images
   histokd import FEATURE_FOLDER --out data/mine  bring your own cohort: CLAM, TRIDENT, STAMP, ... features
   histokd train --config configs/mkd.py:er,fold=all --workdir runs/er --config.data.dir=DATASET
   histokd predict --model runs/er --data NEW_DATASET --out predictions.csv
@@ -76,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       Exit code: 0 success, 1 bad input or failure (one clear line on stderr), 130 interrupted after a checkpoint; a
-        command may define others (`histokd import`: 3, files in quarantine).
+        command may define others (`histokd import`, `tile`: 3, files in quarantine).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     top = parser()
