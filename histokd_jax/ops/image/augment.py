@@ -1,0 +1,138 @@
+"""Pipelines of steps over a batch, inside the jitted training step.
+
+The numbers of an example depend on (key, example, branch, place of the step) and on nothing else: not on its place in
+the batch, the other examples or the number of devices. Geometric steps draw from a stream of their own, counted among
+the geometric steps only, so that two views can share it although one of them has further colour steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+
+from histokd_jax.ops.image.steps import Step
+
+Pipeline = tuple[Step, ...]
+_COLOUR, _GEOMETRY, _SHARED = 0, 1, 2
+
+
+def augment(
+    key: jax.Array,
+    example: jax.Array,
+    images: jax.Array,
+    pipeline: Pipeline,
+    *,
+    branch: int = 0,
+    shared_geometry: bool = False,
+) -> jax.Array:
+    """Augments a batch.
+
+    Args:
+      key: typed PRNG key of the step of training, the same on all devices.
+      example: [B] int32, number of each example in the data set.
+      images: [B, H, W, C] uint8 or float on 0..255; [B, K] for steps of vectors.
+      pipeline: steps in order; empty returns the images as they are.
+      branch: number of the view: views of an example draw independently.
+      shared_geometry: geometric steps draw alike in all branches that set this (and have the same ones in the same
+        order, see `check_shared`).
+
+    Returns:
+      [B, ...] in the dtype of the last step.
+
+    Raises:
+      ValueError: if `example` does not fit, or a step refuses the shape.
+    """
+    if example.shape != images.shape[:1]:
+        raise ValueError(f"example has the shape {example.shape}, images {images.shape}: expected one number per image")
+
+    def one(number, image):
+        return augment_one(jax.random.fold_in(key, number), image, pipeline, branch, shared_geometry)
+
+    return jax.vmap(one)(example, images) if pipeline else images
+
+
+def augment_views(
+    key: jax.Array,
+    example: jax.Array,
+    views: Sequence[jax.Array],
+    pipelines: Sequence[Pipeline],
+    *,
+    shared_geometry: bool = False,
+) -> tuple[jax.Array, ...]:
+    """Augments several views of the same examples; view i is branch i of `augment`.
+
+    Args:
+      key: as for `augment`.
+      example: [B] int32.
+      views: arrays [B, ...]; the same array may occur more than once.
+      pipelines: one for each view.
+      shared_geometry: whether all views are moved alike.
+
+    Returns:
+      The augmented views.
+
+    Raises:
+      ValueError: if the numbers of views and pipelines differ, or their geometric steps when these are shared.
+    """
+    if len(views) != len(pipelines):
+        raise ValueError(f"{len(views)} views and {len(pipelines)} pipelines: expected one pipeline for each view")
+    if shared_geometry:
+        check_shared(pipelines)
+    return tuple(
+        augment(key, example, images, pipeline, branch=branch, shared_geometry=shared_geometry)
+        for branch, (images, pipeline) in enumerate(zip(views, pipelines))
+    )
+
+
+def augment_one(
+    key: jax.Array, image: jax.Array, pipeline: Pipeline, branch: int = 0, shared_geometry: bool = False
+) -> jax.Array:
+    """Augments one example: `key` is that of the example.
+
+    Args:
+      key: fold_in(key of the training step, number of the example).
+      image: [H, W, C] or [K].
+      pipeline: steps in order.
+      branch: number of the view.
+      shared_geometry: as for `augment`.
+
+    Returns:
+      The augmented image.
+    """
+    for step, own in zip(pipeline, step_keys(key, pipeline, branch, shared_geometry)):
+        image = step(own, image)
+    return image
+
+
+def step_keys(
+    key: jax.Array, pipeline: Pipeline, branch: int = 0, shared_geometry: bool = False
+) -> tuple[jax.Array, ...]:
+    """The key of every step for one example; arguments as for `augment_one`."""
+    colour = jax.random.fold_in(jax.random.fold_in(key, _COLOUR), branch)
+    geometry = (
+        jax.random.fold_in(key, _SHARED)
+        if shared_geometry
+        else jax.random.fold_in(jax.random.fold_in(key, _GEOMETRY), branch)
+    )
+    keys, counts = [], {False: 0, True: 0}
+    for step in pipeline:
+        stream = geometry if step.geometric else colour
+        keys.append(jax.random.fold_in(stream, counts[step.geometric]))
+        counts[step.geometric] += 1
+    return tuple(keys)
+
+
+def check_shared(pipelines: Sequence[Pipeline]) -> None:
+    """Refuses pipelines whose geometric steps differ: sharing their draws would not align the views.
+
+    Raises:
+      ValueError: showing both lists.
+    """
+    moves = [tuple(step for step in pipeline if step.geometric) for pipeline in pipelines]
+    for branch, own in enumerate(moves):
+        if own != moves[0]:
+            raise ValueError(
+                f"shared geometry needs the same geometric steps in all views: view 0 has {moves[0]}, view {branch} "
+                f"has {own}"
+            )
