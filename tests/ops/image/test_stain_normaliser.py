@@ -11,7 +11,7 @@ from image_reference import tissue
 from PIL import Image
 
 from histokd_jax.ops.image import stain_normaliser as stain
-from histokd_jax.ops.image.stain_normaliser import METHODS, StainNormaliser
+from histokd_jax.ops.image.stain_normaliser import METHODS
 
 REFERENCE = tissue(40, 40, 9)
 TILES = np.stack([tissue(24, 24, seed, white=0.3 * (seed % 2)) for seed in range(4)])
