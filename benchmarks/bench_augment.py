@@ -3,7 +3,7 @@
 Batches of uint8 images that lie in device memory; one compiled program per preset, as inside a training step. The time
 of a step is that of a program with this step alone, its random numbers included.
 
-    python -m benchmarks.bench_augment [--smoke] [--out FILE] [--sizes 224 256] [--batch 32] [--presets mfl_faithful] ...
+    python -m benchmarks.bench_augment [--smoke] [--out FILE] [--sizes 224 256] [--presets mfl_faithful] ...
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def run(config: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         config=config,
         metrics=metrics,
         derived={"smoke": args.smoke, "images_per_second": per_second, "temporary_mib": memory},
-        notes="One view per image. A program of one step reads and writes the whole batch; in a preset steps are fused.",
+        notes="One view per image. A program of one step reads and writes the batch; in a preset steps are fused.",
         devices=(jax.devices()[0].device_kind, 1),
     )
 

@@ -1,8 +1,8 @@
 """Stain normalisation: tiles per second of this library against NumPy on the same tiles, in turn.
 
-Each method x tile size x work: `transform` (the slide was fitted before, the common case) and `fit+transform` (every tile
-fitted on its own). The NumPy side treats one tile after the other in float32, vectorised over pixels, with the logarithms
-of the 256 levels from a table. Before anything is timed the two results are compared.
+Each method x tile size x work: `transform` (the slide was fitted before, the common case) and `fit+transform` (every
+tile fitted on its own). The NumPy side treats one tile after the other in float32, vectorised over pixels, with the
+logarithms of the 256 levels from a table. Before anything is timed the two results are compared.
 
     python -m benchmarks.bench_stain [--smoke] [--out FILE] [--methods macenko] [--sizes 224] [--batch 32] ...
 """

@@ -1,4 +1,4 @@
-"""bench_stain and bench_augment run in smoke mode, write the common schema, and the NumPy side agrees with the library."""
+"""bench_stain and bench_augment run in smoke mode, and NumPy's pictures are those of the library."""
 
 import json
 import math
