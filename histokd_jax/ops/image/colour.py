@@ -1,4 +1,8 @@
-"""Colour spaces of RGB images on the scale 0..255: HSV (hexcone), and CIELAB of sRGB under D65."""
+"""Colour spaces of RGB images on the scale 0..255: HSV (hexcone), and CIELAB of sRGB under D65.
+
+`axis` is where the channels are: -1 in images. Inside, every channel is a plane of its own, because loops over three
+interleaved numbers do not vectorise.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,21 @@ RGB_OF_XYZ = np.linalg.inv(XYZ_OF_RGB)
 _CUBIC_ABOVE, _SLOPE, _OFFSET = 0.008856, 7.787, 16 / 116
 
 
-def mix(values: jax.Array, matrix: jax.Array | np.ndarray) -> jax.Array:
-    """`values @ matrix` in full float32 precision: [..., n] x [n, m] -> [..., m]."""
+def mix(values: jax.Array, matrix: jax.Array | np.ndarray, axis: int = -1) -> jax.Array:
+    """Channels times a small matrix, written out, in full float32 precision on every device.
+
+    Args:
+      values: array with n channels at `axis`.
+      matrix: [n, m].
+      axis: of the channels.
+
+    Returns:
+      float32 with m channels at `axis`: `values @ matrix` if it is the last.
+    """
+    planes = jnp.moveaxis(values.astype(jnp.float32), axis, 0)
     matrix = jnp.asarray(matrix, jnp.float32)
-    return jnp.matmul(values.astype(jnp.float32), matrix, precision=jax.lax.Precision.HIGHEST)
+    n, m = matrix.shape
+    return jnp.stack([sum(matrix[d, c] * planes[d] for d in range(n)) for c in range(m)], axis=axis)
 
 
 def rgb_to_hsv(rgb: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -72,43 +87,44 @@ def srgb_of_linear(light: jax.Array) -> jax.Array:
     return 255 * jnp.where(v > 0.0031308, 1.055 * jnp.maximum(v, 0.0031308) ** (1 / 2.4) - 0.055, 12.92 * v)
 
 
-def rgb_to_lab(rgb: jax.Array) -> jax.Array:
+def rgb_to_lab(rgb: jax.Array, axis: int = -1) -> jax.Array:
     """CIELAB of sRGB pixels.
 
     Args:
-      rgb: [..., 3] uint8 or float on 0..255.
+      rgb: uint8 or float on 0..255, three channels at `axis`.
+      axis: of the channels.
 
     Returns:
-      [..., 3] float32: L* in 0..100, a*, b*.
+      float32 of the same shape: L* in 0..100, a*, b*.
     """
-    xyz = mix(linear_of_srgb(rgb), (XYZ_OF_RGB / WHITE[:, None]).T)
-    f = jnp.where(xyz > _CUBIC_ABOVE, jnp.cbrt(jnp.maximum(xyz, _CUBIC_ABOVE)), _SLOPE * xyz + _OFFSET)
-    x, y, z = f[..., 0], f[..., 1], f[..., 2]
-    return jnp.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
+    planes = linear_of_srgb(jnp.moveaxis(rgb, axis, 0))
+    x, y, z = _cube_root(mix(planes, (XYZ_OF_RGB / WHITE[:, None]).T, axis=0))
+    return jnp.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=axis)
 
 
-def lab_to_rgb(lab: jax.Array) -> jax.Array:
+def lab_to_rgb(lab: jax.Array, axis: int = -1) -> jax.Array:
     """The inverse of `rgb_to_lab`, clipped to the gamut.
 
     Args:
-      lab: [..., 3].
+      lab: three channels at `axis`.
+      axis: of the channels.
 
     Returns:
-      [..., 3] float32 on 0..255.
+      float32 on 0..255 of the same shape.
     """
-    y = (lab[..., 0] + 16) / 116
-    f = jnp.stack([y + lab[..., 1] / 500, y, y - lab[..., 2] / 200], axis=-1)
-    edge = _SLOPE * _CUBIC_ABOVE + _OFFSET
-    xyz = jnp.where(f > edge, f**3, (f - _OFFSET) / _SLOPE)
-    return srgb_of_linear(mix(xyz, (RGB_OF_XYZ * WHITE).T))
+    planes = jnp.moveaxis(lab, axis, 0)
+    y = (planes[0] + 16) / 116
+    f = jnp.stack([y + planes[1] / 500, y, y - planes[2] / 200])
+    xyz = jnp.where(f > _SLOPE * _CUBIC_ABOVE + _OFFSET, f * f * f, (f - _OFFSET) / _SLOPE)
+    return jnp.moveaxis(srgb_of_linear(mix(xyz, (RGB_OF_XYZ * WHITE).T, axis=0)), 0, axis)
 
 
-def lightness(rgb: jax.Array) -> jax.Array:
-    """L* of `rgb_to_lab` alone: [..., 3] on 0..255 -> [...] in 0..100."""
-    light = jnp.sum(linear_of_srgb(rgb) * _last_axis(XYZ_OF_RGB[1], rgb.ndim), axis=-1)
-    f = jnp.where(light > _CUBIC_ABOVE, jnp.cbrt(jnp.maximum(light, _CUBIC_ABOVE)), _SLOPE * light + _OFFSET)
-    return 116 * f - 16
+def lightness(rgb: jax.Array, axis: int = -1) -> jax.Array:
+    """L* of `rgb_to_lab` alone, in 0..100: the shape of `rgb` without `axis`."""
+    planes = linear_of_srgb(jnp.moveaxis(rgb, axis, 0))
+    return 116 * _cube_root(mix(planes, XYZ_OF_RGB[1][:, None], axis=0)[0]) - 16
 
 
-def _last_axis(vector: np.ndarray, rank: int) -> np.ndarray:
-    return vector.astype(np.float32).reshape((1,) * (rank - 1) + (-1,))
+def _cube_root(light: jax.Array) -> jax.Array:
+    """Cube root, with the straight line of CIELAB near black."""
+    return jnp.where(light > _CUBIC_ABOVE, jnp.cbrt(jnp.maximum(light, _CUBIC_ABOVE)), _SLOPE * light + _OFFSET)

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 
 from histokd_jax.ops.image.colour import mix
 from histokd_jax.ops.image.density import from_density, optical_density
-from histokd_jax.ops.image.pixels import check_images, to_uint8
 from histokd_jax.ops.image.quantiles import masked_quantiles
 from histokd_jax.ops.image.stains import StainParams, checked, inverse_stains, per_image, red_first, unit
 
 BACKGROUND = 240.0
-MAXIMUM_LEVEL = 0.99
+_MAXIMUM_LEVEL = 0.99
 
 
 def fit(
@@ -39,13 +38,11 @@ def fit(
     Returns:
       The stains. Without two stains in the pixels (glass, black, a single colour), `valid` is False.
     """
-    density = optical_density(pixels, background)
-    used = (density >= least_density).all(axis=-1)
+    density = optical_density(pixels.T, background)
+    used = (density >= least_density).all(axis=0)
     used = used if mask is None else used & mask
     stains = _extreme_directions(density, used, percentile / 100)
-    amounts = mix(density, inverse_stains(stains))
-    levels = (MAXIMUM_LEVEL,)
-    maximum = jnp.stack([masked_quantiles(amounts[:, k], used, levels)[0] for k in range(2)])
+    maximum = largest_amounts(mix(density, inverse_stains(stains), axis=0), used)
     return checked(stains, maximum, jnp.sum(used))
 
 
@@ -72,15 +69,12 @@ def transform(
     Raises:
       ValueError: for images of another form.
     """
-    check_images(images)
 
-    def one(image, source, target):
-        matrix = density_map(source, target)
-        changed = from_density(mix(optical_density(image, background), matrix), background)
-        return jnp.where(source.valid & target.valid, changed, image.astype(jnp.float32))
+    def one(planes, source, target):
+        density = optical_density(planes, background)
+        return from_density(mix(density, density_map(source, target), axis=0), background)
 
-    changed = per_image(one, images, source, target)
-    return to_uint8(changed) if jnp.dtype(dtype) == jnp.uint8 else changed.astype(dtype)
+    return per_image(one, images, source, target, dtype)
 
 
 def density_map(source: StainParams, target: StainParams) -> jax.Array:
@@ -95,15 +89,20 @@ def published_target() -> StainParams:
     return StainParams(unit(stains), jnp.array([1.9705, 1.0308], jnp.float32), jnp.array(True))
 
 
+def largest_amounts(amounts: jax.Array, used: jax.Array) -> jax.Array:
+    """[2]: 99th percentile of [2, N] amounts over the pixels [N] that are used."""
+    return jax.vmap(lambda row: masked_quantiles(row, used, (_MAXIMUM_LEVEL,))[0])(amounts)
+
+
 def _extreme_directions(density: jax.Array, used: jax.Array, level: float) -> jax.Array:
-    """[2, 3] unit stains, haematoxylin first."""
-    weight = used.astype(jnp.float32)[:, None]
+    """[2, 3] unit stains, haematoxylin first, of densities [3, N]."""
+    weight = used.astype(jnp.float32)[None, :]
     count = jnp.maximum(jnp.sum(weight), 1)
-    centred = (density - jnp.sum(density * weight, axis=0, keepdims=True) / count) * weight
-    covariance = mix(centred.T, centred) / jnp.maximum(count - 1, 1)
+    centred = (density - jnp.sum(density * weight, axis=1, keepdims=True) / count) * weight
+    covariance = jnp.matmul(centred, centred.T, precision=jax.lax.Precision.HIGHEST) / jnp.maximum(count - 1, 1)
     main, second = _plane(covariance)
-    angle = jnp.arctan2(density @ second, density @ main)
-    extremes = masked_quantiles(angle, used, (level, 1 - level))
+    along, across = mix(density, jnp.stack([main, second], axis=1), axis=0)
+    extremes = masked_quantiles(jnp.arctan2(across, along), used, (level, 1 - level))
     stains = jnp.cos(extremes)[:, None] * main[None, :] + jnp.sin(extremes)[:, None] * second[None, :]
     return red_first(unit(stains))
 

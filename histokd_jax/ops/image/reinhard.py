@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from histokd_jax.ops.image.colour import lab_to_rgb, rgb_to_lab
-from histokd_jax.ops.image.pixels import check_images, to_uint8
 from histokd_jax.ops.image.stains import MIN_PIXELS, is_tissue, per_image
 
 _MIN_SPREAD = 0.1
@@ -40,12 +39,13 @@ def fit(pixels: jax.Array, mask: jax.Array | None = None, *, lightness: float = 
     Returns:
       The parameters.
     """
-    used = is_tissue(pixels, lightness)
+    planes = pixels.T
+    used = is_tissue(planes, lightness)
     used = used if mask is None else used & mask
-    lab, weight = rgb_to_lab(pixels), used.astype(jnp.float32)[:, None]
+    lab, weight = rgb_to_lab(planes, axis=0), used.astype(jnp.float32)[None, :]
     count = jnp.sum(weight)
-    mean = jnp.sum(lab * weight, axis=0) / jnp.maximum(count, 1)
-    variance = jnp.sum(((lab - mean[None, :]) * weight) ** 2, axis=0) / jnp.maximum(count, 1)
+    mean = jnp.sum(lab * weight, axis=1) / jnp.maximum(count, 1)
+    variance = jnp.sum(((lab - mean[:, None]) * weight) ** 2, axis=1) / jnp.maximum(count, 1)
     std = jnp.sqrt(variance)
     valid = (count >= MIN_PIXELS) & (std[0] > _MIN_SPREAD)
     return ReinhardParams(jnp.where(valid, mean, 0.0), jnp.where(valid, std, 1.0), valid)
@@ -70,14 +70,12 @@ def transform(
     Raises:
       ValueError: for images of another form.
     """
-    check_images(images)
 
-    def one(image, source, target):
+    def one(planes, source, target):
         flat = source.std < _MIN_SPREAD
         scale = jnp.where(flat, 1.0, target.std / jnp.where(flat, 1.0, source.std))
         shift = target.mean - source.mean * scale
-        changed = lab_to_rgb(rgb_to_lab(image) * scale[None, None, :] + shift[None, None, :])
-        return jnp.where(source.valid & target.valid, changed, image.astype(jnp.float32))
+        lab = rgb_to_lab(planes, axis=0) * scale[:, None, None] + shift[:, None, None]
+        return lab_to_rgb(lab, axis=0)
 
-    changed = per_image(one, images, source, target)
-    return to_uint8(changed) if jnp.dtype(dtype) == jnp.uint8 else changed.astype(dtype)
+    return per_image(one, images, source, target, dtype)

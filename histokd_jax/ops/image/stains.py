@@ -10,6 +10,7 @@ import numpy as np
 
 from histokd_jax.ops.image.colour import lightness
 from histokd_jax.ops.image.density import RUIFROK
+from histokd_jax.ops.image.pixels import check_images, to_uint8
 
 MIN_PIXELS = 16
 MIN_ANGLE_DEGREES = 5.0
@@ -42,9 +43,9 @@ def fallback_stains() -> np.ndarray:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-def is_tissue(pixels: jax.Array, below: float = 80.0) -> jax.Array:
-    """Pixels whose CIELAB lightness is below `below` (0..100): [..., 3] on 0..255 -> [...] bool."""
-    return lightness(pixels) < below
+def is_tissue(planes: jax.Array, below: float = 80.0) -> jax.Array:
+    """Pixels whose CIELAB lightness is below `below` (0..100): [3, ...] on 0..255 -> [...] bool."""
+    return lightness(planes, axis=0) < below
 
 
 def red_first(stains: jax.Array) -> jax.Array:
@@ -79,24 +80,34 @@ def inverse_stains(stains: jax.Array) -> jax.Array:
     return (stains.T @ gram) / jnp.maximum(1 - cosine**2, 1e-12)
 
 
-def per_image(function, images: jax.Array, source, target) -> jax.Array:
-    """function(image, source, target) for every image; `source` may be one for all, or have a leading batch axis.
+def per_image(function, images: jax.Array, source, target, dtype: jnp.dtype | str) -> jax.Array:
+    """function(planes, source, target) for every image, where both parameters are valid; the image itself elsewhere.
 
     Args:
-      function: of [H, W, 3] and two sets of parameters without batch axis.
-      images: [B, H, W, 3].
-      source: parameters of the images; batched if `valid` is [B].
+      function: of [3, H, W] and two sets of parameters without batch axis; gives [3, H, W] float32.
+      images: [B, H, W, 3] uint8, or float32 on 0..255.
+      source: parameters of the images: one set for all, or with a leading axis B.
       target: parameters without batch axis.
+      dtype: uint8 (rounded to nearest, halves to even, clipped) or a float type.
 
     Returns:
-      [B, H, W, 3].
+      [B, H, W, 3] of `dtype`.
 
     Raises:
-      ValueError: if there are neither one nor B sources.
+      ValueError: for images of another form, or if there are neither one nor B sources.
     """
+    check_images(images)
     if source.valid.shape not in ((), images.shape[:1]):
         raise ValueError(
             f"source parameters for {source.valid.shape} tiles, images {images.shape}: expected one set for all tiles "
             "or one for each"
         )
-    return jax.vmap(function, (0, 0 if source.valid.ndim else None, None))(images, source, target)
+
+    def one(planes, source, target):
+        return jnp.where(source.valid & target.valid, function(planes, source, target), planes.astype(jnp.float32))
+
+    planes = jnp.moveaxis(images, -1, 1)
+    changed = jax.vmap(one, (0, 0 if source.valid.ndim else None, None))(planes, source, target)
+    # Bytes are moved back, not floats.
+    changed = to_uint8(changed) if jnp.dtype(dtype) == jnp.uint8 else changed.astype(dtype)
+    return jnp.moveaxis(changed, 1, -1)

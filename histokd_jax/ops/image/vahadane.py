@@ -17,8 +17,6 @@ from jax import lax
 from histokd_jax.ops.image import macenko
 from histokd_jax.ops.image.colour import mix
 from histokd_jax.ops.image.density import from_density, optical_density
-from histokd_jax.ops.image.pixels import check_images, to_uint8
-from histokd_jax.ops.image.quantiles import masked_quantiles
 from histokd_jax.ops.image.stains import (
     StainParams,
     checked,
@@ -55,15 +53,14 @@ def fit(
       The stains. Without two stains in the pixels (glass, black, a single colour: Macenko's directions do not differ),
       `valid` is False.
     """
-    used = is_tissue(pixels, lightness)
+    planes = pixels.T
+    used = is_tissue(planes, lightness)
     used = used if mask is None else used & mask
-    density = jnp.maximum(optical_density(pixels, background), 0) * used.astype(jnp.float32)[:, None]
+    density = jnp.maximum(optical_density(planes, background), 0) * used.astype(jnp.float32)[None, :]
     start, found = initial_stains(pixels, used)
     stains = lax.fori_loop(0, rounds, lambda _, s: update_stains(density, s, sparsity), start)
     stains = red_first(stains)
-    amounts = sparse_amounts(density, stains, TRANSFORM_SPARSITY)
-    levels = (macenko.MAXIMUM_LEVEL,)
-    maximum = jnp.stack([masked_quantiles(amounts[:, k], used, levels)[0] for k in range(2)])
+    maximum = macenko.largest_amounts(sparse_amounts(density, stains, TRANSFORM_SPARSITY), used)
     return checked(stains, maximum, jnp.where(found, jnp.sum(used), 0))
 
 
@@ -90,16 +87,13 @@ def transform(
     Raises:
       ValueError: for images of another form.
     """
-    check_images(images)
 
-    def one(image, source, target):
-        amounts = sparse_amounts(optical_density(image, background), source.stains, TRANSFORM_SPARSITY)
+    def one(planes, source, target):
+        amounts = sparse_amounts(optical_density(planes, background), source.stains, TRANSFORM_SPARSITY)
         scaled = target.stains * (target.maximum / source.maximum)[:, None]
-        changed = from_density(mix(amounts, scaled), background)
-        return jnp.where(source.valid & target.valid, changed, image.astype(jnp.float32))
+        return from_density(mix(amounts, scaled, axis=0), background)
 
-    changed = per_image(one, images, source, target)
-    return to_uint8(changed) if jnp.dtype(dtype) == jnp.uint8 else changed.astype(dtype)
+    return per_image(one, images, source, target, dtype)
 
 
 def initial_stains(pixels: jax.Array, used: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -114,15 +108,14 @@ def sparse_amounts(density: jax.Array, stains: jax.Array, sparsity: float) -> ja
     The free minimiser if it is not negative; else the better of the two with a single stain.
 
     Args:
-      density: [..., 3].
+      density: [3, ...].
       stains: [2, 3] unit rows.
       sparsity: >= 0.
 
     Returns:
-      [..., 2] float32.
+      [2, ...] float32.
     """
-    gain = mix(density, stains.T) - sparsity
-    first, second = gain[..., 0], gain[..., 1]
+    first, second = mix(density, stains.T, axis=0) - sparsity
     cosine = jnp.sum(stains[0] * stains[1])
     scale = 1 / jnp.maximum(1 - cosine**2, 1e-12)
     both_first, both_second = (first - cosine * second) * scale, (second - cosine * first) * scale
@@ -132,8 +125,7 @@ def sparse_amounts(density: jax.Array, stains: jax.Array, sparsity: float) -> ja
         [
             jnp.where(both, both_first, jnp.where(only_first, jnp.maximum(first, 0), 0)),
             jnp.where(both, both_second, jnp.where(only_first, 0, jnp.maximum(second, 0))),
-        ],
-        axis=-1,
+        ]
     )
 
 
@@ -141,7 +133,7 @@ def update_stains(density: jax.Array, stains: jax.Array, sparsity: float) -> jax
     """One alternation: exact amounts, then each stain in turn by its exact step on the non-negative unit sphere.
 
     Args:
-      density: [N, 3] >= 0, zeros for pixels that do not count.
+      density: [3, N] >= 0, zeros for pixels that do not count.
       stains: [2, 3].
       sparsity: as in `fit`.
 
@@ -149,16 +141,17 @@ def update_stains(density: jax.Array, stains: jax.Array, sparsity: float) -> jax
       [2, 3]; a stain that no pixel uses stays.
     """
     amounts = sparse_amounts(density, stains, sparsity)
-    overlap, projected = mix(amounts.T, amounts), mix(amounts.T, density)
+    both = jnp.concatenate([amounts, density])
+    products = jnp.matmul(amounts, both.T, precision=lax.Precision.HIGHEST)
+    overlap, projected = products[:, :2], products[:, 2:]
     for k in range(2):
-        wanted = projected[k] - overlap[k, 1 - k] * stains[1 - k]
-        step = jnp.maximum(wanted, 0)
+        step = jnp.maximum(projected[k] - overlap[k, 1 - k] * stains[1 - k], 0)
         moved = jnp.where(jnp.sum(step) > 0, unit(step), stains[k])
         stains = stains.at[k].set(moved)
     return stains
 
 
 def objective(density: jax.Array, stains: jax.Array, sparsity: float) -> jax.Array:
-    """[] float32: the function that `fit` minimises, at the best amounts, summed over pixels."""
+    """[] float32: the function that `fit` minimises, at the best amounts; arguments as for `update_stains`."""
     amounts = sparse_amounts(density, stains, sparsity)
-    return 0.5 * jnp.sum((density - mix(amounts, stains)) ** 2) + sparsity * jnp.sum(amounts)
+    return 0.5 * jnp.sum((density - mix(amounts, stains, axis=0)) ** 2) + sparsity * jnp.sum(amounts)

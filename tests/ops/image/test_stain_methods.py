@@ -75,18 +75,18 @@ def test_vahadane_amounts_are_the_exact_non_negative_lasso():
     basis = np.array([[0.60, 0.72, 0.35], [0.12, 0.95, 0.28]])
     basis /= np.linalg.norm(basis, axis=1, keepdims=True)
     for sparsity in (0.0, 0.01, 0.3):
-        found = vahadane.sparse_amounts(jnp.asarray(od, jnp.float32), jnp.asarray(basis, jnp.float32), sparsity)
-        np.testing.assert_allclose(found, ref.sparse_amounts(od, basis, sparsity), atol=2e-5)
+        found = vahadane.sparse_amounts(jnp.asarray(od.T, jnp.float32), jnp.asarray(basis, jnp.float32), sparsity)
+        np.testing.assert_allclose(found.T, ref.sparse_amounts(od, basis, sparsity), atol=2e-5)
 
 
 def test_vahadane_objective_never_rises_and_reaches_that_of_scikit_learn():
     pixels = TILE.reshape(-1, 3)[::3]
-    pixels = pixels[np.asarray(stains.is_tissue(pixels))]
+    pixels = pixels[np.asarray(stains.is_tissue(pixels.T))]
     od = np.maximum(ref.density(pixels, 255), 0)
     current, _ = vahadane.initial_stains(jnp.asarray(pixels), jnp.ones(len(pixels), bool))
     values = [ref.objective(od, np.asarray(current, np.float64), 0.1)]
     for _ in range(100):
-        current = vahadane.update_stains(jnp.asarray(od, jnp.float32), current, 0.1)
+        current = vahadane.update_stains(jnp.asarray(od.T, jnp.float32), current, 0.1)
         if len(values) < 8:
             values.append(ref.objective(od, np.asarray(current, np.float64), 0.1))
     assert (np.diff(values) <= 1e-4 * values[0]).all() and values[1] < values[0]
@@ -97,6 +97,7 @@ def test_vahadane_objective_never_rises_and_reaches_that_of_scikit_learn():
     learnt = learner.fit(od).components_
     learnt /= np.linalg.norm(learnt, axis=1, keepdims=True)
     best = ref.objective(od, np.asarray(current, np.float64), 0.1)
+    np.testing.assert_allclose(vahadane.objective(jnp.asarray(od.T, jnp.float32), current, 0.1), best, rtol=1e-4)
     assert best <= ref.objective(od, learnt, 0.1) * 1.001
     found = vahadane.fit(jnp.asarray(pixels))
     np.testing.assert_allclose(found.stains, stains.red_first(current), atol=1e-4)
@@ -104,7 +105,7 @@ def test_vahadane_objective_never_rises_and_reaches_that_of_scikit_learn():
 
 def test_vahadane_transform_and_maximum_are_those_of_double_precision():
     source = pair(fitted("vahadane"))
-    od = ref.density(TILE, 255).reshape(-1, 3)[np.asarray(stains.is_tissue(TILE.reshape(-1, 3)))]
+    od = ref.density(TILE, 255).reshape(-1, 3)[np.asarray(stains.is_tissue(TILE.reshape(-1, 3).T))]
     amounts = ref.sparse_amounts(np.maximum(od, 0), source[0], 0.01)
     np.testing.assert_allclose(source[1], np.percentile(amounts, 99, axis=0), rtol=1e-4)
     exact = ref.vahadane_transform(TILE, source, pair(fitted("vahadane", True)))
