@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 
-from histokd_jax.ops.image.steps import Step
+from histokd_jax.ops.image.steps import Step, units
 
 Pipeline = tuple[Step, ...]
-_COLOUR, _GEOMETRY, _SHARED = 0, 1, 2
+_MOST_STEPS = 1 << 10
 
 
 def augment(
@@ -100,27 +101,22 @@ def augment_one(
     Returns:
       The augmented image.
     """
-    for step, own in zip(pipeline, step_keys(key, pipeline, branch, shared_geometry)):
-        image = step(own, image)
+    keys = step_keys(key, pipeline, branch, shared_geometry)
+    # One draw for the single numbers of all steps: each further one is a cipher of its own in the compiled program.
+    drawn = jax.vmap(units)(keys)
+    for i, step in enumerate(pipeline):
+        image = step.run(drawn[i], keys[i], image)
     return image
 
 
-def step_keys(
-    key: jax.Array, pipeline: Pipeline, branch: int = 0, shared_geometry: bool = False
-) -> tuple[jax.Array, ...]:
-    """The key of every step for one example; arguments as for `augment_one`."""
-    colour = jax.random.fold_in(jax.random.fold_in(key, _COLOUR), branch)
-    geometry = (
-        jax.random.fold_in(key, _SHARED)
-        if shared_geometry
-        else jax.random.fold_in(jax.random.fold_in(key, _GEOMETRY), branch)
-    )
-    keys, counts = [], {False: 0, True: 0}
+def step_keys(key: jax.Array, pipeline: Pipeline, branch: int = 0, shared_geometry: bool = False) -> jax.Array:
+    """The key of every step for one example, [len(pipeline)]; arguments as for `augment_one`."""
+    codes, places = [], {False: 0, True: 0}
     for step in pipeline:
-        stream = geometry if step.geometric else colour
-        keys.append(jax.random.fold_in(stream, counts[step.geometric]))
-        counts[step.geometric] += 1
-    return tuple(keys)
+        stream = 2 * branch + 1 if not step.geometric else 0 if shared_geometry else 2 * branch + 2
+        codes.append(stream * _MOST_STEPS + places[step.geometric])
+        places[step.geometric] += 1
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, np.asarray(codes, np.uint32))
 
 
 def check_shared(pipelines: Sequence[Pipeline]) -> None:

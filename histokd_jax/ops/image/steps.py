@@ -7,16 +7,21 @@ checked for given numbers. Steps are immutable and hashable: a pipeline is a tup
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from histokd_jax.ops.dropout import mix32
 from histokd_jax.ops.image import geometry
 
 Drawn = Mapping[str, jax.Array]
-_CHOSEN, _DRAWN = 0, 1
+_GOLDEN = np.uint32(0x9E3779B1)
+WIDTH = 8
+"""Uniform numbers that every step has for its key: the first decides whether it is applied, the others are its own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,19 +42,37 @@ class Step:
 
     def chosen(self, key: jax.Array) -> jax.Array:
         """[] bool: whether the step is applied for this key."""
-        return jax.random.uniform(jax.random.fold_in(key, _CHOSEN)) < self.probability
+        return units(key)[0] < self.probability
 
     def numbers(self, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
         """What `apply` takes for this key, whether the step is chosen or not."""
-        return self.draw(jax.random.fold_in(key, _DRAWN), shape)
+        return self.draw(units(key)[1:], key, shape)
 
-    def draw(self, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
-        """Draws the arguments of `apply` for an image of `shape`."""
+    def draw(self, unit: jax.Array, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
+        """The arguments of `apply`.
+
+        Args:
+          unit: [WIDTH - 1] float32 uniform in [0, 1), for single numbers.
+          key: for arrays: `array_key(key)`.
+          shape: of the image.
+
+        Returns:
+          name -> array.
+        """
         return {}
 
     def apply(self, image: jax.Array, **drawn: jax.Array) -> jax.Array:
         """The changed image."""
         raise NotImplementedError
+
+    def run(self, unit: jax.Array, key: jax.Array, image: jax.Array) -> jax.Array:
+        """`__call__` with `units(key)` given, so that a pipeline draws those of all steps at once."""
+        if self.probability == 0:
+            return image
+        changed = self.apply(image, **self.draw(unit[1:], key, image.shape))
+        if self.probability == 1:
+            return changed
+        return jnp.where(unit[0] < self.probability, changed, image.astype(changed.dtype))
 
     def __call__(self, key: jax.Array, image: jax.Array) -> jax.Array:
         """The image, changed with the step's probability.
@@ -61,17 +84,33 @@ class Step:
         Returns:
           The changed image, or the same one in the dtype of the changed one.
         """
-        if self.probability == 0:
-            return image
-        changed = self.apply(image, **self.numbers(key, image.shape))
-        if self.probability == 1:
-            return changed
-        return jnp.where(self.chosen(key), changed, image.astype(changed.dtype))
+        return self.run(units(key), key, image)
 
 
-def uniform(key: jax.Array, low: float, high: float, shape: tuple[int, ...] = ()) -> jax.Array:
-    """float32 in [low, high)."""
-    return jax.random.uniform(key, shape, jnp.float32, low, high)
+def units(key: jax.Array) -> jax.Array:
+    """[WIDTH] float32, uniform in [0, 1)."""
+    return jax.random.uniform(key, (WIDTH,), jnp.float32)
+
+
+def array_key(key: jax.Array) -> jax.Array:
+    """The key for arrays of a step, independent of `units(key)`."""
+    return jax.random.fold_in(key, 1)
+
+
+def field(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """float32 of `shape`, uniform in [0, 1): a hash of the element's number and the key.
+
+    For pictures of noise, which are drawn for every example, needed or not: a few integer operations per element.
+    """
+    words = jax.random.key_data(key)
+    index = jnp.arange(1, math.prod(shape) + 1, dtype=jnp.uint32)
+    bits = mix32(mix32(index * _GOLDEN + words[0]) ^ words[-1])
+    return ((bits >> 8).astype(jnp.float32) * jnp.float32(2**-24)).reshape(shape)
+
+
+def spread(unit: jax.Array, low: float, high: float) -> jax.Array:
+    """Uniform numbers in [0, 1) to [low, high)."""
+    return low + unit * (high - low)
 
 
 def check_range(step: Any, name: str, value: tuple[float, float], least: float | None = None) -> None:
@@ -116,9 +155,9 @@ class QuarterTurns(Step):
 
     geometric: ClassVar[bool] = True
 
-    def draw(self, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
+    def draw(self, unit: jax.Array, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
         """quarters: [] int32 in 0..3."""
-        return {"quarters": jax.random.randint(key, (), 0, 4)}
+        return {"quarters": jnp.floor(4 * unit[0]).astype(jnp.int32)}
 
     def apply(self, image: jax.Array, quarters: jax.Array) -> jax.Array:
         """See `geometry.rotate_quarters`."""
@@ -145,9 +184,9 @@ class Rotate(Step):
         check_range(self, "angle", self.angle)
         geometry.check_interpolation(self.interpolation)
 
-    def draw(self, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
+    def draw(self, unit: jax.Array, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
         """angle: [] float32."""
-        return {"angle": uniform(key, *self.angle)}
+        return {"angle": spread(unit[0], *self.angle)}
 
     def apply(self, image: jax.Array, angle: jax.Array) -> jax.Array:
         """See `geometry.rotate`."""
@@ -178,16 +217,14 @@ class RandomCrop(Step):
             raise ValueError(f"RandomCrop: fraction is {self.fraction}; expected 0 < low <= high <= 1")
         geometry.check_interpolation(self.interpolation)
 
-    def draw(self, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
+    def draw(self, unit: jax.Array, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
         """top, left, height, width: [] int32, a window inside the image."""
-        keys = jax.random.split(key, 4)
-        height, width = (self._side(k, side) for k, side in zip(keys[:2], shape[:2]))
-        top = jax.random.randint(keys[2], (), 0, shape[0] - height + 1)
-        left = jax.random.randint(keys[3], (), 0, shape[1] - width + 1)
+        height, width = (self._side(u, side) for u, side in zip(unit[:2], shape[:2]))
+        top, left = (_position(u, side - own) for u, side, own in zip(unit[2:4], shape[:2], (height, width)))
         return {"top": top, "left": left, "height": height, "width": width}
 
-    def _side(self, key: jax.Array, side: int) -> jax.Array:
-        drawn = jnp.floor(uniform(key, *self.fraction) * side).astype(jnp.int32)
+    def _side(self, unit: jax.Array, side: int) -> jax.Array:
+        drawn = jnp.floor(spread(unit, *self.fraction) * side).astype(jnp.int32)
         return jnp.clip(drawn, 1, side)
 
     def apply(
@@ -201,3 +238,8 @@ class RandomCrop(Step):
                 "examples would differ in size; set probability to 1"
             )
         return geometry.crop_resize(image, top, left, height, width, size, self.interpolation)
+
+
+def _position(unit: jax.Array, room: jax.Array) -> jax.Array:
+    """Uniform integer in 0..room."""
+    return jnp.minimum(jnp.floor(unit * (room + 1)).astype(jnp.int32), room)

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 
 from histokd_jax.ops.image import photometric
-from histokd_jax.ops.image.steps import Drawn, Step, check_range, uniform
+from histokd_jax.ops.image.steps import Drawn, Step, check_range, field, spread
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,9 +16,9 @@ class ZerosToNoise(Step):
 
     probability: float = 0.3
 
-    def draw(self, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
+    def draw(self, unit: jax.Array, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
         """noise: float32 of the image's shape."""
-        return {"noise": uniform(key, 0.0, 256.0, shape)}
+        return {"noise": 256 * field(key, shape)}
 
     def apply(self, image: jax.Array, noise: jax.Array) -> jax.Array:
         """See `photometric.fill_zeros`."""
@@ -43,9 +43,9 @@ class Solarise(Step):
         super().__post_init__()
         check_range(self, "threshold", self.threshold)
 
-    def draw(self, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
+    def draw(self, unit: jax.Array, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
         """threshold: [] float32, scaled."""
-        return {"threshold": uniform(key, *self.threshold) * self.scale}
+        return {"threshold": spread(unit[0], *self.threshold) * self.scale}
 
     def apply(self, image: jax.Array, threshold: jax.Array) -> jax.Array:
         """See `photometric.solarise`."""
@@ -66,9 +66,9 @@ class Brightness(Step):
         super().__post_init__()
         check_range(self, "delta", (0.0, self.delta))
 
-    def draw(self, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
+    def draw(self, unit: jax.Array, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
         """delta: [] float32."""
-        return {"delta": uniform(key, -self.delta, self.delta)}
+        return {"delta": spread(unit[0], -self.delta, self.delta)}
 
     def apply(self, image: jax.Array, delta: jax.Array) -> jax.Array:
         """See `photometric.brightness`."""
@@ -89,9 +89,9 @@ class Contrast(Step):
         super().__post_init__()
         check_range(self, "factor", self.factor, 0.0)
 
-    def draw(self, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
+    def draw(self, unit: jax.Array, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
         """factor: [] float32."""
-        return {"factor": uniform(key, *self.factor)}
+        return {"factor": spread(unit[0], *self.factor)}
 
     def apply(self, image: jax.Array, factor: jax.Array) -> jax.Array:
         """See `photometric.contrast`."""
@@ -112,9 +112,9 @@ class Saturation(Step):
         super().__post_init__()
         check_range(self, "factor", self.factor, 0.0)
 
-    def draw(self, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
+    def draw(self, unit: jax.Array, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
         """factor: [] float32."""
-        return {"factor": uniform(key, *self.factor)}
+        return {"factor": spread(unit[0], *self.factor)}
 
     def apply(self, image: jax.Array, factor: jax.Array) -> jax.Array:
         """See `photometric.saturation`."""
@@ -135,9 +135,9 @@ class Hue(Step):
         super().__post_init__()
         check_range(self, "shift", (0.0, self.shift))
 
-    def draw(self, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
+    def draw(self, unit: jax.Array, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
         """shift: [] float32."""
-        return {"shift": uniform(key, -self.shift, self.shift)}
+        return {"shift": spread(unit[0], -self.shift, self.shift)}
 
     def apply(self, image: jax.Array, shift: jax.Array) -> jax.Array:
         """See `photometric.hue`."""
@@ -159,12 +159,11 @@ class StainJitter(Step):
         super().__post_init__()
         check_range(self, "sigma", (0.0, self.sigma))
 
-    def draw(self, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
+    def draw(self, unit: jax.Array, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
         """scale, offset: [3] float32."""
-        scale, offset = jax.random.split(key)
         return {
-            "scale": uniform(scale, 1 - self.sigma, 1 + self.sigma, (3,)),
-            "offset": uniform(offset, -self.sigma, self.sigma, (3,)),
+            "scale": spread(unit[:3], 1 - self.sigma, 1 + self.sigma),
+            "offset": spread(unit[3:6], -self.sigma, self.sigma),
         }
 
     def apply(self, image: jax.Array, scale: jax.Array, offset: jax.Array) -> jax.Array:

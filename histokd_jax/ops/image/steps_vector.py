@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from histokd_jax.ops.image import vectors
-from histokd_jax.ops.image.steps import Drawn, Step, check_range, uniform
+from histokd_jax.ops.image.steps import Drawn, Step, array_key, check_range, spread
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,10 +45,9 @@ class MaskGenes(Step):
         super().__post_init__()
         check_range(self, "rate", self.rate, 0.0)
 
-    def draw(self, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
+    def draw(self, unit: jax.Array, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
         """keep: [K] bool."""
-        rate, genes = jax.random.split(key)
-        return {"keep": uniform(genes, 0.0, 1.0, shape) >= uniform(rate, *self.rate)}
+        return {"keep": jax.random.uniform(array_key(key), shape) >= spread(unit[0], *self.rate)}
 
     def apply(self, image: jax.Array, keep: jax.Array) -> jax.Array:
         """See `vectors.mask`."""
@@ -73,11 +72,10 @@ class PermuteGenes(Step):
         if self.rate[1] > 1:
             raise ValueError(f"PermuteGenes: rate is {self.rate}; expected (low, high) within [0, 1]")
 
-    def draw(self, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
+    def draw(self, unit: jax.Array, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
         """order: [K] int32, a permutation; chosen: [] int32, how many of its first genes take part."""
-        rate, genes = jax.random.split(key)
-        chosen = jnp.floor(uniform(rate, *self.rate) * shape[0]).astype(jnp.int32)
-        return {"order": jax.random.permutation(genes, shape[0]), "chosen": chosen}
+        chosen = jnp.floor(spread(unit[0], *self.rate) * shape[0]).astype(jnp.int32)
+        return {"order": jnp.argsort(jax.random.bits(array_key(key), shape)), "chosen": chosen}
 
     def apply(self, image: jax.Array, order: jax.Array, chosen: jax.Array) -> jax.Array:
         """See `vectors.permute_chosen`."""
@@ -98,9 +96,9 @@ class GaussianNoise(Step):
         super().__post_init__()
         check_range(self, "sigma", (0.0, self.sigma))
 
-    def draw(self, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
+    def draw(self, unit: jax.Array, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
         """noise: [K] float32."""
-        return {"noise": self.sigma * jax.random.normal(key, shape, jnp.float32)}
+        return {"noise": self.sigma * jax.random.normal(array_key(key), shape, jnp.float32)}
 
     def apply(self, image: jax.Array, noise: jax.Array) -> jax.Array:
         """See `vectors.add_noise`."""

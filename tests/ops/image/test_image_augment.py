@@ -66,8 +66,8 @@ def test_step_example_branch_and_place_draw_differently():
     assert not np.allclose(run(KEY, EXAMPLES, BATCH, flips, 1), base)
     same = np.stack([BATCH[0]] * 8)
     assert len({row.tobytes() for row in np.asarray(run(KEY, EXAMPLES, same, flips))}) == 8
-    keys = step_keys(KEY, flips) + step_keys(KEY, flips, 1)
-    assert len({np.asarray(jax.random.key_data(k)).tobytes() for k in keys}) == len(keys)
+    keys = np.concatenate([jax.random.key_data(step_keys(KEY, flips, branch)) for branch in (0, 1)])
+    assert len({k.tobytes() for k in keys}) == 2 * len(flips)
 
 
 def test_the_same_call_gives_the_same_bytes():
@@ -152,10 +152,9 @@ def test_F3_5_steps_are_applied_as_often_as_specified(name):
     expected = {"HorizontalFlip": 0.5, "VerticalFlip": 0.5, "ZerosToNoise": 0.3, "Rotate": 0.4, "Solarise": 0.3}
     found = {type(s).__name__: s for s in pipeline}
     assert {n: s.probability for n, s in found.items() if s.probability < 1} == expected
-    for i, step in enumerate(pipeline):
-        if step.probability < 1:
-            hits = many(lambda key, i=i, step=step: step.chosen(step_keys(key, pipeline)[i]))
-            assert within_three_sigma(hits, step.probability), type(step).__name__
+    hits = many(lambda key: jnp.stack([s.chosen(k) for s, k in zip(pipeline, step_keys(key, pipeline))]))
+    for step, own in zip(pipeline, hits.T):
+        assert own.all() if step.probability == 1 else within_three_sigma(own, step.probability), type(step).__name__
 
 
 @pytest.mark.parametrize("name", ["mfl_faithful", "mfl_corrected", "stain_jitter"])
@@ -202,6 +201,21 @@ def test_drawn_numbers_are_uniform_on_their_interval():
         assert abs(values.mean() - (low + high) / 2) < 3 * (high - low) / np.sqrt(12 * len(values))
     noise = np.asarray(steps_colour.ZerosToNoise().numbers(KEY, (50, 50, 3))["noise"])
     assert 0 <= noise.min() and 250 < noise.max() < 256 and len(np.unique(noise)) > 7000
+
+
+def test_noise_pictures_are_uniform_and_unrelated_between_places_and_keys():
+    keys = jax.random.split(KEY, 6)
+    fields = np.stack([np.asarray(steps.field(key, (64, 64, 3))) for key in keys])
+    assert 0 <= fields.min() and fields.max() < 1
+    counts = np.histogram(fields, bins=64, range=(0, 1))[0]
+    expected = fields.size / 64
+    chi_squared = ((counts - expected) ** 2 / expected).sum()
+    assert abs(chi_squared - 63) < 4 * np.sqrt(2 * 63)
+    flat = fields.reshape(6, -1) - 0.5
+    bound = 5 / np.sqrt(flat.shape[1])
+    assert np.abs(np.corrcoef(flat) - np.eye(6)).max() < bound
+    for lag in (1, 3, 192):
+        assert abs((flat[0, lag:] * flat[0, :-lag]).mean() * 12) < bound
 
 
 def test_the_pipeline_is_its_steps_in_order():
