@@ -21,6 +21,7 @@ from histokd_jax.cli import (
     simulate,
     splits,
     sweep,
+    tables,
     train,
     validate,
 )
@@ -29,6 +30,7 @@ COMMANDS = {
     "demo": demo,
     "simulate": simulate,
     "import": import_features,
+    "tables": tables,
     "validate": validate,
     "splits": splits,
     "train": train,
