@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from data_pipelines.errors import DataError
-from data_pipelines.text_table import BLANK, check_case_ids, read_header, read_text_table
+from data_pipelines.text_table import check_case_ids, is_blank, read_header, read_text_table
 
 
 class Survival(NamedTuple):
@@ -152,7 +152,7 @@ def _check_status(table: pd.DataFrame, path: str | os.PathLike) -> None:
 
 
 def _parse_survival(cells: Sequence[str], columns: Sequence[str], flipped: bool, where: str) -> tuple[float, bool]:
-    if any(cell.casefold() in BLANK for cell in cells):
+    if any(map(is_blank, cells)):
         return np.nan, False
     numbers = pd.to_numeric(pd.Series(cells), errors="coerce").to_numpy(np.float64)
     months, status = numbers

@@ -17,6 +17,11 @@ BLANK = {"", "na", "n/a", "nan", "not available", "not evaluated"}
 _SEPARATORS = (",", ";", "\t")
 
 
+def is_blank(cell: str) -> bool:
+    """Whether a cell says that there is no value, in one of the usual spellings."""
+    return cell.strip("[]").casefold() in BLANK
+
+
 def listed(names: Sequence[str]) -> str:
     """The first dozen names and the number of the others."""
     names = list(names)

@@ -51,7 +51,7 @@ WITHOUT = {
     "histokd_jax.methods": {"grain", "orbax", "array_record"},
     "configs": {"jax", "numpy", "flax"},
 }
-HEAVY = {"tensorflow", "tensorflow_datasets", "torch", "openslide"}
+HEAVY = {"tensorflow", "tensorflow_datasets", "torch", "openslide", "apache_beam"}
 
 
 def sources():

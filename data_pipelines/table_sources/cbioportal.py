@@ -72,7 +72,7 @@ def _molecular(file: Foreign, options: Options) -> Contents:
 
 
 def _numbers(column: pd.Series, file: Foreign) -> np.ndarray:
-    blank = column.str.casefold().isin(text_table.BLANK)
+    blank = column.map(text_table.is_blank)
     numbers = pd.to_numeric(column.where(~blank), errors="coerce").to_numpy(np.float32)
     bad = (np.isnan(numbers) & ~blank.to_numpy()) | np.isinf(numbers)
     if bad.any():
@@ -110,7 +110,7 @@ def _follow_up(table: pd.DataFrame, file: Foreign, time: str, status: str) -> Su
 
 def _code(text: str, where: str, column: str) -> str:
     """0, 1 or blank of `1:DECEASED`, `0:LIVING`, `DECEASED`, ..."""
-    if text.casefold() in text_table.BLANK:
+    if text_table.is_blank(text):
         return ""
     match = _CODED.fullmatch(text)
     code = match[1] if match else _WORDS.get(text.casefold())

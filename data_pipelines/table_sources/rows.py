@@ -14,7 +14,7 @@ from data_pipelines.follow_up import Survival, SurvivalTable, survival_of
 from data_pipelines.ids import bare_slide_id
 from data_pipelines.table_sources.contents import OVERALL, Options
 from data_pipelines.table_sources.foreign import Foreign
-from data_pipelines.text_table import BLANK, check_case_ids
+from data_pipelines.text_table import check_case_ids, is_blank
 
 DAYS_PER_MONTH = 365.25 / 12
 _MONTHS = {"months": 1.0, "days": 1 / DAYS_PER_MONTH, "years": 12.0}
@@ -103,7 +103,7 @@ def labels_of(
     for column in columns:
         values: dict[str, str] = {}
         for row, (item, text) in enumerate(zip(table[key], table[column]), file.first_line):
-            text = "" if text.casefold() in BLANK else text
+            text = "" if is_blank(text) else text
             if values.setdefault(item, text) == text or not text:
                 continue
             if values[item]:
