@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 JOBS ?= 2
 
-.PHONY: demo test test-torch lint bench-smoke install install-test clean
+.PHONY: demo test test-torch test-beam lint bench-smoke install install-test clean
 
 demo: install
 	$(BIN)/histokd demo --workdir runs/demo
@@ -36,6 +36,18 @@ test: install-test
 
 test-torch: $(VENV)/.installed-torch
 	$(BIN)/python -m pytest -m torch
+
+# Apache Beam limits protobuf and pyarrow, so that it gets an environment of its own.
+$(VENV)-beam/bin/python:
+	$(PYTHON) -m venv $(VENV)-beam
+	$(VENV)-beam/bin/python -m pip install --quiet --upgrade pip
+
+$(VENV)-beam/.installed: setup.py | $(VENV)-beam/bin/python
+	$(VENV)-beam/bin/python -m pip install --quiet -e '.[test,beam]'
+	touch $@
+
+test-beam: $(VENV)-beam/.installed
+	$(VENV)-beam/bin/python -m pytest tests/data_pipelines/beam
 
 lint: install-test
 	$(BIN)/ruff check .

@@ -96,10 +96,11 @@ def _clinical(file: Foreign, options: Options) -> Contents:
         labels = list(options.label_columns)
     table = rows.keyed(file, {_PATIENT: "case_id", **{name: name for name in (*labels, *sorted(outcome))}})
     skipped = [] if labels == others else [name for name in others if name not in labels]
+    found, dropped = rows.labels_of(table, labels, file, options)
     return Contents(
-        labels=rows.labels_of(table, labels, file),
+        labels=found,
         follow_up={e: _follow_up(table, file, *pair) for e, pair in pairs.items()},
-        left_out=tuple(LeftOut("column", name, "name it with --label-columns to keep it") for name in skipped),
+        left_out=(*dropped, *(LeftOut("column", name, rows.NOT_NAMED) for name in skipped)),
     )
 
 

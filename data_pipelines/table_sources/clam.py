@@ -32,10 +32,12 @@ def read(file: Foreign, options: Options) -> Contents:
         own = sum(tcga.patient_of(name) is None for name in table["slide_id"])
         notes = [f"{own} slide ids are no TCGA barcodes; each is a case of its own"] if own else []
     table = rows.keyed_table(table, file)
+    found, dropped = rows.labels_of(table, labels, file, options)
     return Contents(
-        labels=rows.labels_of(table, labels, file, options.by),
+        labels=found,
         follow_up=rows.named_follow_up(table, file, options),
         slides=rows.slides_of(table, file),
+        left_out=dropped,
         notes=tuple(notes),
     )
 

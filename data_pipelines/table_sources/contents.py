@@ -34,6 +34,7 @@ class Options:
       time_column, event_column, censorship_column: follow-up under names that are not known.
       time_unit: of `time_column`: "months", "days" or "years".
       label_columns: label columns to take where a source has many others.
+      conflicts: "refuse" labels of a case that disagree, or "drop" them: such a cell is not available, and listed.
       sample_type: TCGA sample type to take of several samples of a patient; None: the primary tumour first.
       study: which cohort of a folder that holds several.
       pathways: which collection of gene groups of a folder that holds several.
@@ -45,6 +46,7 @@ class Options:
     censorship_column: str = ""
     time_unit: str = "months"
     label_columns: tuple[str, ...] = ()
+    conflicts: str = "refuse"
     sample_type: int | None = None
     study: str = ""
     pathways: str = ""

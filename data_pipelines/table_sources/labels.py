@@ -27,9 +27,11 @@ def read(file: Foreign, options: Options) -> Contents:
     table = rows.keyed(file, {name: name for name in ("case_id", *labels, *named, *known)})
     if known:
         follow_up = {"os": rows.follow_up_of(table, file, *pair, censored=censored)}
+    found, dropped = rows.labels_of(table, labels, file, options)
     return Contents(
-        labels=rows.labels_of(table, labels, file),
+        labels=found,
         follow_up=follow_up or rows.named_follow_up(table, file, options),
+        left_out=dropped,
     )
 
 

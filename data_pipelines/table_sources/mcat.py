@@ -43,13 +43,14 @@ def read(file: Foreign, options: Options) -> Contents:
     table = rows.keyed(file, {name: name for name in (*own, *labels)})
     genes, notes = _genes(file)
     left_out = tuple(LeftOut("column", name, why) for name, why in UNUSED.items() if name in file.header)
+    found, dropped = rows.labels_of(table, labels, file, options)
     return Contents(
-        labels=rows.labels_of(table, labels, file, options.by),
+        labels=found,
         follow_up={OVERALL: rows.follow_up_of(table, file, TIME, CENSORSHIP, censored=True)},
         genes=genes,
         scale=Z_SCORE if genes and any(name.endswith("_rnaseq") for name in genes.names) else "",
         slides=rows.slides_of(table, file),
-        left_out=left_out,
+        left_out=(*left_out, *dropped),
         notes=tuple(notes),
     )
 

@@ -38,12 +38,13 @@ def read(file: Foreign, options: Options) -> Contents:
     named = ["case_id", "slide_id", *options.label_columns, *(n for pair in pairs.values() for n in pair)]
     table = rows.keyed(file, {name: name for name in named})
     rest = [name for name in file.header if name and name not in named and not name.startswith("Unnamed:")]
+    labels, dropped = rows.labels_of(table, options.label_columns, file, options)
     return Contents(
-        labels=rows.labels_of(table, options.label_columns, file, options.by),
+        labels=labels,
         follow_up={n: rows.follow_up_of(table, file, *pair, censored=True, unit="days") for n, pair in pairs.items()},
         slides=rows.slides_of(table, file),
         folds={int(found["fold"]): {part: tuple(dict.fromkeys(table["case_id"]))}},
-        left_out=tuple(LeftOut("column", name, "name it with --label-columns to keep it") for name in rest),
+        left_out=(*dropped, *(LeftOut("column", name, rows.NOT_NAMED) for name in rest)),
     )
 
 

@@ -31,11 +31,13 @@ def read(file: Foreign, options: Options) -> Contents:
     labels = [n for n in options.label_columns or others if n not in ("case_id", "slide_id", *outcome)]
     named = ("case_id", "slide_id", *labels, *outcome, *folds.values())
     table = rows.keyed(file, {name: name for name in named})
+    found, dropped = rows.labels_of(table, labels, file, options)
     return Contents(
-        labels=rows.labels_of(table, labels, file, options.by),
+        labels=found,
         follow_up=rows.named_follow_up(table, file, options),
         slides=rows.slides_of(table, file),
         folds={number: _parts(table, name, file) for number, name in sorted(folds.items())},
+        left_out=dropped,
     )
 
 

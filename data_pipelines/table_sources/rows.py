@@ -12,10 +12,11 @@ from data_pipelines.bag import check_key
 from data_pipelines.errors import BagError, DataError
 from data_pipelines.follow_up import Survival, SurvivalTable, survival_of
 from data_pipelines.ids import bare_slide_id
-from data_pipelines.table_sources.contents import OVERALL, Options
+from data_pipelines.table_sources.contents import OVERALL, LeftOut, Options
 from data_pipelines.table_sources.foreign import Foreign
 from data_pipelines.text_table import check_case_ids, is_blank
 
+NOT_NAMED = "name it with --label-columns to keep it"
 DAYS_PER_MONTH = 365.25 / 12
 _MONTHS = {"months": 1.0, "days": 1 / DAYS_PER_MONTH, "years": 12.0}
 TIME_UNITS = tuple(_MONTHS)
@@ -64,7 +65,7 @@ def _check_barcodes(table: pd.DataFrame, file: Foreign) -> None:
         patients = tcga.patient_of(case), tcga.patient_of(slide)
         if None not in patients and patients[0] != patients[1]:
             raise DataError(
-                f"{file.path}, line {row}: slide {slide!r} is of patient {patients[1]} by its barcode and of case "
+                f"{file.path}, line {row}: slide {slide!r} is of patient {patients[1]!r} by its barcode and of case "
                 f"{case!r} by the table; correct one of them"
             )
 
@@ -86,35 +87,44 @@ def slides_of(table: pd.DataFrame, file: Foreign) -> dict[str, str]:
 
 
 def labels_of(
-    table: pd.DataFrame, columns: Sequence[str], file: Foreign, by: str = "case"
-) -> dict[str, dict[str, str]]:
+    table: pd.DataFrame, columns: Sequence[str], file: Foreign, options: Options
+) -> tuple[dict[str, dict[str, str]], tuple[LeftOut, ...]]:
     """Label columns per case, or per slide; the cells of a case must agree, where they are not blank.
 
     Returns:
-      Column -> id -> text; blank = not available, in whichever of the usual spellings.
+      Column -> id -> text; blank = not available, in whichever of the usual spellings. And the cells that were dropped
+      because the rows of a case disagree (`options.conflicts`).
 
     Raises:
-      DataError: rows of an id that disagree.
+      DataError: rows of an id that disagree, unless they are to be dropped.
     """
-    key = "slide_id" if by == "slide" else "case_id"
+    key = "slide_id" if options.by == "slide" else "case_id"
     if key not in table:
         raise DataError(f"{file.path}: no column of slide ids, so labels cannot be kept by slide")
     found: dict[str, dict[str, str]] = {}
+    dropped: dict[tuple[str, str], str] = {}
     for column in columns:
         values: dict[str, str] = {}
         for row, (item, text) in enumerate(zip(table[key], table[column]), file.first_line):
             text = "" if is_blank(text) else text
-            if values.setdefault(item, text) == text or not text:
-                continue
-            if values[item]:
-                hint = "; if labels belong to slides, use --by slide" if by == "case" and "slide_id" in table else ""
+            if not text or values.setdefault(item, text) == text:
+                values.setdefault(item, "")
+            elif not values[item]:
+                values[item] = text
+            elif options.conflicts == "drop":
+                dropped[column, item] = f"column {column!r}: {text!r} in one row and {values[item]!r} in another"
+            else:
                 raise DataError(
                     f"{file.path}, line {row}, column {column!r}: {item!r} is {text!r} here and {values[item]!r} before"
-                    f"{hint}"
+                    f"{_hint(table, options)}"
                 )
-            values[item] = text
-        found[column] = values
-    return found
+        found[column] = {item: "" if (column, item) in dropped else text for item, text in values.items()}
+    return found, tuple(LeftOut("label", item, reason) for (_, item), reason in dropped.items())
+
+
+def _hint(table: pd.DataFrame, options: Options) -> str:
+    slides = "if labels belong to slides, use --by slide; " if options.by == "case" and "slide_id" in table else ""
+    return f"; {slides}--conflicts drop makes such labels not available"
 
 
 def follow_up_of(

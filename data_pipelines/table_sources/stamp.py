@@ -42,7 +42,8 @@ def read(file: Foreign, options: Options) -> Contents:
     others = [name for name in file.header if name and name != _PATIENT and not name.startswith("Unnamed:")]
     labels = [name for name in options.label_columns or others if name not in outcome]
     table = rows.keyed(file, {_PATIENT: "case_id", **{name: name for name in (*labels, *outcome)}})
-    return Contents(labels=rows.labels_of(table, labels, file), follow_up=rows.named_follow_up(table, file, options))
+    found, dropped = rows.labels_of(table, labels, file, options)
+    return Contents(labels=found, follow_up=rows.named_follow_up(table, file, options), left_out=dropped)
 
 
 def _folds(content: Any, file: Foreign) -> dict[int, dict[str, tuple[str, ...]]]:

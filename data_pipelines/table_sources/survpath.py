@@ -31,10 +31,11 @@ def read(file: Foreign, options: Options) -> Contents:
     table = rows.keyed(file, {name: name for name in named})
     rest = [n for n in file.header if n and n not in named and n not in mcat.UNUSED and not n.startswith("Unnamed:")]
     left_out = [LeftOut("column", name, why) for name, why in mcat.UNUSED.items() if name in file.header]
+    found, dropped = rows.labels_of(table, labels, file, options)
     return Contents(
-        labels=rows.labels_of(table, labels, file, options.by),
+        labels=found,
         follow_up={name: rows.follow_up_of(table, file, *pair, censored=True) for name, pair in columns.items()},
         slides=rows.slides_of(table, file),
-        left_out=(*left_out, *(LeftOut("column", name, "not known to the reader") for name in rest)),
+        left_out=(*left_out, *dropped, *(LeftOut("column", name, "not known to the reader") for name in rest)),
         notes=("the authors' target is disease-specific survival: --endpoint dss",),
     )

@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pathways", default="", help="collection of a SurvPath folder: xena, hallmarks, combine")
     parser.add_argument("--by", choices=("case", "slide"), default="case", help="what a label belongs to")
     parser.add_argument("--label-columns", default="", metavar="NAMES", help="label columns, separated by commas")
+    parser.add_argument(
+        "--conflicts", choices=("refuse", "drop"), default="refuse", help="labels of a case that differ"
+    )
     parser.add_argument("--only", default="", metavar="KINDS", help="write these only: labels, survival, genes, ...")
     parser.add_argument("--overwrite", action="store_true", help="replace tables of other content")
     group = parser.add_argument_group("survival")
@@ -51,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
     options = Options(
         **{name: getattr(args, name) for name in ("by", "time_column", "event_column", "censorship_column")},
-        **{name: getattr(args, name) for name in ("time_unit", "sample_type", "study", "pathways")},
+        **{name: getattr(args, name) for name in ("time_unit", "sample_type", "study", "pathways", "conflicts")},
         label_columns=_names(args.label_columns),
     )
     found = detect.read_all(args.source, options, args.format)

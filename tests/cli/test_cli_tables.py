@@ -71,4 +71,4 @@ def test_label_columns_and_cases(histokd, tmp_path):
     path = foreign.put(tmp_path / "c.csv", f"case_id,slide_id,x,y\n{A},a,1,2\n{B},b,1,2\n{C},c,0,2\n")
     shown = histokd("tables", path, "--out", tmp_path / "out", "--label-columns", "x")
     assert shown.code == 0 and "label     x: 0 1, 1 2" in shown.out
-    assert (tmp_path / "out" / "labels.csv").read_text() == f"case_id,x\n{A},1\n{B},1\n{C},0\n"
+    assert (tmp_path / "out" / "labels.csv").read_text() == f"case_id,x\n{B},1\n{A},1\n{C},0\n"

@@ -123,6 +123,8 @@ def test_labels_of_slides_that_differ_within_a_case_need_by_slide(tmp_path):
     with pytest.raises(DataError, match="line 3, column 'label': 'p0' is 'normal' here and 'tumor' before.*--by slide"):
         read(path)
     assert read(path, by="slide")[1].labels == {"label": {"s1": "tumor", "s2": "normal"}}
+    _, found = read(path, conflicts="drop")
+    assert found.labels == {"label": {"p0": ""}} and [item.name for item in found.left_out] == ["p0"]
 
 
 def test_stamp_tables_and_splits(tmp_path):

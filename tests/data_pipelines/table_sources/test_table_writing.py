@@ -34,15 +34,15 @@ def test_what_is_written_is_read_by_the_readers_of_training(tmp_path):
     labels = tables.read_labels(tmp_path / "out" / "labels.csv", "oncotree_code", label_map={"IDC": 0, "ILC": 1})
     assert dict(zip(labels.case_id, labels.value)) == {A: 0, B: 1, C: 0}
     survival = tables.read_survival(tmp_path / "out" / "survival.csv")
-    assert survival.case_id == (A, B, C) and survival.survival.event.tolist() == [True, False, False]
+    assert survival.case_id == (B, A, C) and survival.survival.event.tolist() == [False, True, False]
     genes = tmp_path / "out" / "genes.npz"
     assert tables.read_gene_table(genes).names == ("TP53", "FGF4"), "rankings read expression"
     assert tables.read_gene_table(genes, suffix="_cnv").names == ("MYC",)
     whole = read_molecular_table(genes)
     assert whole.names == ("TP53_rnaseq", "FGF4_rnaseq", "MYC_cnv", "KRAS_mut")
-    direct = read_molecular_table(tmp_path / "tcga_toy_all_clean.csv.zip")
+    direct = read_molecular_table(tmp_path / "tcga_toy_all_clean.csv.zip").align(whole.case_id)
     np.testing.assert_array_equal(whole.values, direct.values, strict=True)
-    assert rows_of(tmp_path / "out" / "slides.csv")[0] == {"slide_id": f"{A}-01Z-00-DX1.aa", "case_id": A}
+    assert rows_of(tmp_path / "out" / "slides.csv")[1] == {"slide_id": f"{A}-01Z-00-DX1.aa", "case_id": A}
 
 
 def test_endpoints_and_missing_modalities_are_explicit(tmp_path):
@@ -57,7 +57,7 @@ def test_endpoints_and_missing_modalities_are_explicit(tmp_path):
     assert set(available["P-0000674"].values()) == {"0"}
     assert tables.read_gene_table(tmp_path / "out" / "genes.npz").case_id == (A, C), "no row of zeros for B"
     assert read_groups(tmp_path / "out" / "groups" / "signatures.csv") == {"PATH_A": ("G0", "G1"), "PATH_B": ("G1",)}
-    with pytest.raises(DataError, match=r"no follow-up for --endpoint dfi; the files have \['os', 'dss', 'pfi'\]"):
+    with pytest.raises(DataError, match=r"no follow-up for --endpoint dfi; the files have \['dss', 'os', 'pfi'\]"):
         put(tmp_path / "other", source, endpoint="dfi")
 
 
@@ -179,7 +179,7 @@ def test_tables_of_a_data_set_lie_in_its_folder_and_are_joined(tmp_path):
     assert done.folder == target / "tables"
     joined = done.account["dataset"]
     assert (joined["cases"], joined["cases_matched"], joined["cases_without_a_row"]) == (2, 1, ["TCGA-ZZ-0009"])
-    assert [row["slide"] for row in rows_of(target / "tables" / "availability.csv")] == ["1", "0", "0"]
+    assert [row["slide"] for row in rows_of(target / "tables" / "availability.csv")] == ["0", "1", "0"]
     other = dataset(tmp_path / "other", [("s1", A.casefold())])
     with pytest.raises(DataError, match="none of the 3 cases.*would match if upper and lower case agreed"):
         put(other, source)
