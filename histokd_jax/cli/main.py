@@ -46,6 +46,7 @@ A first session:
   histokd demo                                   everything end to end on a simulated cohort, a few minutes
   histokd simulate --out data/sim                write a simulated cohort
   histokd import FEATURE_FOLDER --out data/mine  bring your own cohort: CLAM, TRIDENT, STAMP, ... features
+  histokd tables TABLE.csv --out data/mine       and its tables: MCAT, SurvPath, CLAM, STAMP, cBioPortal, ...
   histokd train --config configs/mkd.py:er,fold=all --workdir runs/er --config.data.dir=DATASET
   histokd predict --model runs/er --data NEW_DATASET --out predictions.csv
 """

@@ -25,9 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `histokd tables`."""
     parser.add_argument("source", type=pathlib.Path, nargs="+", metavar="SRC", help="files, or a folder of tables")
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="OUT", help="data set, or a folder")
-    parser.add_argument("--format", choices=FORMATS, default="auto", help="of every SRC; default: recognise it")
-    parser.add_argument("--study", default="", help="cohort of a folder that holds several, e.g. blca")
-    parser.add_argument("--pathways", default="", help="collection of a SurvPath folder: xena, hallmarks, combine")
+    known = f"layout of every SRC: {', '.join(FORMATS)}; default: auto"
+    parser.add_argument("--format", choices=FORMATS, default="auto", metavar="LAYOUT", help=known)
+    parser.add_argument("--study", default="", metavar="NAME", help="cohort of a folder that holds several, e.g. blca")
+    parser.add_argument(
+        "--pathways", default="", metavar="NAME", help="collection of a SurvPath folder: xena, hallmarks, combine"
+    )
     parser.add_argument("--by", choices=("case", "slide"), default="case", help="what a label belongs to")
     parser.add_argument("--label-columns", default="", metavar="NAMES", help="label columns, separated by commas")
     parser.add_argument(
@@ -36,14 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", default="", metavar="KINDS", help="write these only: labels, survival, genes, ...")
     parser.add_argument("--overwrite", action="store_true", help="replace tables of other content")
     group = parser.add_argument_group("survival")
-    group.add_argument("--endpoint", default="os", help="that becomes time_months and event: os (default), dss, pfi")
+    group.add_argument(
+        "--endpoint", default="os", metavar="NAME", help="that becomes time_months and event: os (default), dss, pfi"
+    )
     group.add_argument("--time-column", default="", metavar="NAME", help="follow-up of a table with names of its own")
     group.add_argument("--event-column", default="", metavar="NAME", help="1 = event")
     group.add_argument("--censorship-column", default="", metavar="NAME", help="1 = censored")
     group.add_argument("--time-unit", choices=("months", "days", "years"), default="months", help="of --time-column")
     group = parser.add_argument_group("expression")
     group.add_argument("--outliers", choices=("exact", "clip", "rank"), default="exact", help="default: exact")
-    group.add_argument("--clip", type=float, default=10.0, help="bound of --outliers clip; default: 10")
+    group.add_argument(
+        "--clip", type=float, default=10.0, metavar="BOUND", help="bound of --outliers clip; default: 10"
+    )
     group.add_argument("--sample-type", type=int, metavar="CODE", help="TCGA sample type, e.g. 6 for metastases")
 
 
