@@ -13,6 +13,7 @@ from histokd_jax import __version__
 from histokd_jax.cli import (
     convert,
     demo,
+    embed,
     errors,
     evaluate,
     import_features,
@@ -29,6 +30,7 @@ COMMANDS = {
     "demo": demo,
     "simulate": simulate,
     "import": import_features,
+    "embed": embed,
     "validate": validate,
     "splits": splits,
     "train": train,
@@ -44,6 +46,7 @@ A first session:
   histokd demo                                   everything end to end on a simulated cohort, a few minutes
   histokd simulate --out data/sim                write a simulated cohort
   histokd import FEATURE_FOLDER --out data/mine  bring your own cohort: CLAM, TRIDENT, STAMP, ... features
+  histokd embed SLIDES --coords DIR --encoder uni --weights FILE --out data/mine    or slides and an encoder
   histokd train --config configs/mkd.py:er,fold=all --workdir runs/er --config.data.dir=DATASET
   histokd predict --model runs/er --data NEW_DATASET --out predictions.csv
 """

@@ -54,9 +54,7 @@ class ViTSpec:
         """Refuses sizes and choices that fit no network."""
         sizes = (self.patch, self.width, self.depth, self.heads, self.hidden, self.image)
         if min(sizes) < 1 or self.registers < 0 or self.width % self.heads or self.image % self.patch:
-            raise ValueError(
-                f"{self}: expected positive sizes, heads that divide width and a patch that divides image"
-            )
+            raise ValueError(f"{self}: expected positive sizes, heads that divide width and a patch that divides image")
         if self.mlp not in (GELU, SWIGLU) or self.pool not in POOLS or self.norm not in NORMS:
             raise ValueError(f"{self}: expected mlp in {(GELU, SWIGLU)}, pool in {POOLS}, norm in {NORMS}")
         if self.mlp == SWIGLU and self.hidden % 2:
