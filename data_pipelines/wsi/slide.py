@@ -19,6 +19,10 @@ _UM_PER_UNIT = {"centimeter": 10_000.0, "inch": 25_400.0}
 _OVERVIEW_BLOCK = 512
 
 
+class MissingLibrary(DataError):
+    """OpenSlide or Pillow is not installed: no fault of any slide."""
+
+
 class SlideFile:
     """An open slide; a context manager. Pickled by its path, so that a worker process opens it again.
 
@@ -106,7 +110,8 @@ def open_slide(path: str | pathlib.Path) -> SlideFile:
       The slide; close it, or use it in a `with` statement.
 
     Raises:
-      DataError: the file is missing, empty, damaged or of no format that OpenSlide reads, or OpenSlide is missing.
+      DataError: the file is missing, empty, damaged or of no format that OpenSlide reads.
+      MissingLibrary: OpenSlide is not installed.
     """
     return SlideFile(path)
 
@@ -226,13 +231,13 @@ def import_openslide() -> Any:
     """The module openslide.
 
     Raises:
-      DataError: it, or the C library that it needs, or Pillow is not installed.
+      MissingLibrary: it, or the C library that it needs, or Pillow is not installed.
     """
     try:
         import openslide
         import PIL.Image  # noqa: F401
     except (ImportError, OSError) as error:
-        raise DataError(
+        raise MissingLibrary(
             f"whole-slide images need OpenSlide and Pillow, which are not installed ({error}): pip install "
             f"'histokd_jax[wsi]'"
         ) from error
