@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DATASET", help="data set to write")
     parser.add_argument("--coords", type=pathlib.Path, metavar="DIR", help="coordinate files *_patches.h5")
     parser.add_argument("--tiles", action="store_true", help="SRC holds one folder of ready-cut images per slide")
+    parser.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="leave slides out; repeatable")
     parser.add_argument("--name", help="name of the data set; default: that of the folder DATASET")
     parser.add_argument("--mpp", type=float, help="micrometres per pixel of the tiles, where the files do not say")
     parser.add_argument("--any-mpp", action="store_true", help="accept tiles of a resolution the encoder does not know")
@@ -154,7 +155,7 @@ def _plan(args: argparse.Namespace, loaded):
 def _slides(args: argparse.Namespace):
     from histokd_jax.embed import slides
 
-    return slides.find_slides(args.source, args.coords)
+    return slides.find_slides(args.source, args.coords, args.exclude)
 
 
 def _embed(args: argparse.Namespace, loaded, plan):

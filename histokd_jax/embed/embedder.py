@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from histokd_jax.embed.transform import StainFunction, prepare
+from histokd_jax.embed.transform import Stain, prepare
 from histokd_jax.encoders.loading import LoadedEncoder
 from histokd_jax.encoders.presets import Encoder
 from histokd_jax.nn.encoders import build
@@ -38,9 +38,9 @@ class Compute:
 
 
 def embed_function(
-    encoder: Encoder, compute: Compute, stain: StainFunction | None = None
-) -> Callable[[Mapping[str, Any], jax.Array], jax.Array]:
-    """The pure function (variables, uint8 tiles [B, h, h, 3]) -> float32 [B, features].
+    encoder: Encoder, compute: Compute, stain: Stain | None = None
+) -> Callable[[Mapping[str, Any], jax.Array, Any], jax.Array]:
+    """The pure function (variables, uint8 tiles [B, h, h, 3], stain parameters) -> float32 [B, features].
 
     Args:
       encoder: architecture and conventions.
@@ -50,9 +50,10 @@ def embed_function(
     half = compute.dtype == "bfloat16"
     module = build.build(encoder.spec, jnp.bfloat16 if half else None, compute.attention)
 
-    def embed(variables: Mapping[str, Any], tiles: jax.Array) -> jax.Array:
+    def embed(variables: Mapping[str, Any], tiles: jax.Array, parameters: Any = None) -> jax.Array:
         with jax.default_matmul_precision("default" if half else "highest"):
-            return module.apply(variables, prepare(tiles, encoder.transform, stain)).astype(jnp.float32)
+            images = prepare(tiles, encoder.transform, stain, parameters)
+            return module.apply(variables, images).astype(jnp.float32)
 
     return embed
 
@@ -68,34 +69,36 @@ class Embedder:
     Attributes:
       features: width of an embedding.
       batch: tiles per step.
+      stain: the stain normalisation, or None.
 
     Raises:
       ValueError: a batch that the devices cannot divide, or an unknown dtype or attention.
     """
 
-    def __init__(self, loaded: LoadedEncoder, compute: Compute, stain: StainFunction | None = None):
+    def __init__(self, loaded: LoadedEncoder, compute: Compute, stain: Stain | None = None):
         self.mesh = sharding.make_mesh(compute.devices)
         _check(compute, self.mesh.shape[sharding.DATA])
-        self.features, self.batch = loaded.encoder.features, compute.batch
+        self.features, self.batch, self.stain = loaded.encoder.features, compute.batch, stain
         self._tiles = NamedSharding(self.mesh, PartitionSpec(sharding.DATA))
         everywhere = sharding.replicated(self.mesh)
         self._run = jax.jit(
             embed_function(loaded.encoder, compute, stain),
-            in_shardings=(everywhere, self._tiles),
+            in_shardings=(everywhere, self._tiles, everywhere),
             out_shardings=self._tiles,
         )
         self._variables = jax.device_put(_stored(loaded.variables, compute), everywhere)
 
-    def __call__(self, tiles: np.ndarray) -> jax.Array:
+    def __call__(self, tiles: np.ndarray, parameters: Any = None) -> jax.Array:
         """Starts a step and returns at once; reading the result waits for it.
 
         Args:
-          tiles: uint8 [batch, h, h, 3].
+          tiles: uint8 [batch, h, h, 3] of one slide.
+          parameters: what `stain.fit` found in the slide.
 
         Returns:
           float32 [batch, features] on the devices.
         """
-        return self._run(self._variables, jax.device_put(tiles, self._tiles))
+        return self._run(self._variables, jax.device_put(tiles, self._tiles), parameters)
 
 
 def _check(compute: Compute, devices: int) -> None:

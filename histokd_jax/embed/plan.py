@@ -33,7 +33,7 @@ class Options:
       dtype: in which embeddings are stored.
       seed: of the order of patches.
       shard_bytes: limit of a shard.
-      stain: name of the stain normalisation, "" for none.
+      stain: facts of the stain normalisation, None without one.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Options:
     dtype: str = "float16"
     seed: int = 0
     shard_bytes: int = planned_writer.SHARD_BYTES
-    stain: str = ""
+    stain: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,8 +175,6 @@ def _inspect(
         except Unusable as error:
             return Rejected(source.file, source.slide_id, error.reason, error.detail)
 
-    if found and found[0].coords is not None:
-        slides.slides.import_openslide()  # A missing library is no fault of the slides.
     with ThreadPoolExecutor(threads) as pool:
         results = list(zip(found, pool.map(one, found)))
     usable = [(source, facts) for source, facts in results if isinstance(facts, TileFacts)]
@@ -247,7 +245,7 @@ def _dataset_facts(
 ) -> dict[str, Any]:
     random = loaded.weights.startswith(RANDOM)
     encoder = loaded.facts() | {"patch_size": common["patch_size"], "compute_dtype": compute["dtype"]}
-    encoder |= {"stain": options.stain or None}
+    encoder["stain"] = dict(options.stain) if options.stain is not None else None
     if random:
         encoder["name"] += " (random weights)"
     notes = f"Embeddings of an UNTRAINED encoder: {loaded.weights}. They serve to try the machinery." if random else ""

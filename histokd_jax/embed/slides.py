@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import hashlib
 import os
 import pathlib
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,9 @@ from data_pipelines.errors import BagError, DataError
 from data_pipelines.planned_writer import Rejected
 from data_pipelines.wsi import coords as grids
 from data_pipelines.wsi import slide as slides
+from data_pipelines.wsi import sources as wsi
 from histokd_jax.embed import tiles
 
-SLIDE_SUFFIXES = (
-    ".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm", ".czi",
-)  # fmt: skip
 MPP_TOLERANCE = 0.1
 """Relative difference of resolutions that are taken for the same, as scanners of a nominal magnification differ."""
 
@@ -86,12 +83,17 @@ class TileFacts:
     state: tuple[int, ...] = ()
 
 
-def find_slides(root: pathlib.Path, coords: pathlib.Path) -> tuple[list[Source], list[Rejected]]:
+def find_slides(
+    root: pathlib.Path, coords: pathlib.Path, exclude: Sequence[str] = ()
+) -> tuple[list[Source], list[Rejected]]:
     """The slides below a folder (or one slide file) with their coordinate files.
+
+    A slide and a coordinate file belong together by their names, or by the slide file that `histokd tile` recorded.
 
     Args:
       root: folder of slides, or one slide.
       coords: folder of `*_patches.h5`: `patches/`, the folder around it, or a job with one such folder.
+      exclude: glob patterns of relative slide files to leave out.
 
     Returns:
       (slides with coordinates, slides without and coordinates without a slide).
@@ -99,20 +101,30 @@ def find_slides(root: pathlib.Path, coords: pathlib.Path) -> tuple[list[Source],
     Raises:
       DataError: nothing there, or one id for several slides.
     """
-    files = [root] if root.is_file() else _slide_files(root)
-    found = _by_id(files, root if root.is_dir() else root.parent)
+    found = {source.slide_id: source.file for source in wsi.find_slides(root, exclude=exclude)}
     tables = {_key(path.name.removesuffix(grids.FILE_SUFFIX)): path for path in _coordinate_files(coords)}
-    both = sorted(set(found) & set(tables))
+    named = {key: found[key] for key in tables if key in found}
+    base = root if root.is_dir() else root.parent
+    recorded = {key: _recorded(tables[key], base) for key in tables if key not in named}
+    named |= {key: file for key, file in recorded.items() if file in found.values()}
     without = [
-        Rejected(found[key], key, "no coordinates", f"there is no {key}{grids.FILE_SUFFIX}; tile the slide first")
-        for key in sorted(set(found) - set(tables))
+        Rejected(file, key, "no coordinates", f"there is no {key}{grids.FILE_SUFFIX}; tile the slide first")
+        for key, file in found.items()
+        if file not in named.values()
     ]
-    if root.is_dir():
-        without += [
-            Rejected(tables[key].name, key, "slide missing", "no slide of this name lies in the folder of slides")
-            for key in sorted(set(tables) - set(found))
-        ]
-    return [Source(key, found[key], tables[key]) for key in both], without
+    if root.is_dir() and not exclude:
+        detail = "no slide of this name lies in the folder of slides"
+        without += [Rejected(tables[key].name, key, "slide missing", detail) for key in tables if key not in named]
+    return [Source(key, named[key], tables[key]) for key in sorted(named)], sorted(without)
+
+
+def _recorded(path: pathlib.Path, base: pathlib.Path) -> str | None:
+    """The slide that a coordinate file names, if it is there."""
+    try:
+        file = grids.read_coords(path).slide_file
+    except DataError:
+        return None
+    return file if file and (base / file).is_file() else None
 
 
 def find_images(root: pathlib.Path) -> list[Source]:
@@ -134,27 +146,6 @@ def find_images(root: pathlib.Path) -> list[Source]:
 
 def _key(name: str) -> str:
     return unicodedata.normalize("NFC", name)
-
-
-def _slide_files(root: pathlib.Path) -> list[pathlib.Path]:
-    if not root.is_dir():
-        raise DataError(f"{root}: there is no such slide or folder of slides")
-    found = [p for p in root.rglob("*") if p.suffix.lower() in SLIDE_SUFFIXES and p.is_file()]
-    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts))
-
-
-def _by_id(files: Iterable[pathlib.Path], root: pathlib.Path) -> dict[str, str]:
-    found = collections.defaultdict(list)
-    for path in files:
-        found[_key(path.name[: -len(path.suffix)] if path.suffix else path.name)].append(
-            path.relative_to(root).as_posix()
-        )
-    twice = [f"{key!r}: {', '.join(names)}" for key, names in sorted(found.items()) if len(names) > 1]
-    if twice:
-        raise DataError(f"{root}: {len(twice)} slide ids have several files; keep one of each: {'; '.join(twice[:8])}")
-    if not found:
-        raise DataError(f"{root}: no slides ({', '.join(SLIDE_SUFFIXES)})")
-    return {key: names[0] for key, names in found.items()}
 
 
 def _coordinate_files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -196,9 +187,9 @@ def inspect_slide(root: pathlib.Path, source: Source, mpp: float | None = None) 
             _check_grid(source, grid, opened)
             level0_mpp = grid.level0_mpp or opened.mpp
             content = opened.properties.get("openslide.quickhash-1", "")
-    except slides.DataError as error:
-        if isinstance(error, Unusable):
-            raise
+    except (Unusable, slides.MissingLibrary):
+        raise
+    except DataError as error:
         raise Unusable("unreadable slide", str(error)) from error
     values = np.ascontiguousarray(grid.coords, "<i4")
     return TileFacts(

@@ -7,12 +7,14 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
 from data_pipelines.errors import DataError
 from histokd_jax.embed.embedder import Embedder
 from histokd_jax.embed.tiles import TileSource
+from histokd_jax.embed.transform import Stain
 
 GROUP = 8
 """Tiles that a thread decodes before it takes the next task."""
@@ -49,6 +51,7 @@ class _Batch:
     count: int
     tiles: np.ndarray
     source: Future
+    sample: Future | None
     parts: Sequence[Future]
 
     @property
@@ -76,8 +79,12 @@ def embed_jobs(
     running: collections.deque = collections.deque()
     rows: dict[int, np.ndarray] = {}
     failed: set[int] = set()
-    with contextlib.closing(_decoded(jobs, embedder.batch, threads, ahead)) as batches:
+    stain, parameters = embedder.stain, None
+    fitted = stain.tiles if stain is not None else 0
+    with contextlib.closing(_decoded(jobs, embedder.batch, threads, ahead, fitted)) as batches:
         for batch, error in batches:
+            if error is None and batch.start == 0 and stain is not None:
+                parameters, error = _fit(stain, batch.sample.result())
             if error is not None:
                 if batch.job.index not in failed:
                     yield from _drain(running, rows, progress)
@@ -87,10 +94,17 @@ def embed_jobs(
                 continue
             if batch.job.index in failed:
                 continue
-            running.append((batch, embedder(batch.tiles)))
+            running.append((batch, embedder(batch.tiles, parameters)))
             if len(running) > IN_FLIGHT:
                 yield from _collect(running, rows, progress)
         yield from _drain(running, rows, progress)
+
+
+def _fit(stain: Stain, sample: np.ndarray) -> tuple[Any, DataError | None]:
+    try:
+        return stain.fit(sample), None
+    except DataError as error:
+        return None, error
 
 
 def _drain(running: collections.deque, rows: dict, progress: Progress | None) -> Iterator[tuple[int, np.ndarray]]:
@@ -116,7 +130,7 @@ def _decoded(jobs: Sequence[Job], size: int, threads: int, ahead: int) -> Iterat
     with ThreadPoolExecutor(threads, thread_name_prefix="tiles") as pool:
         waiting: collections.deque[_Batch] = collections.deque()
         try:
-            for batch in _submitted(jobs, size, pool):
+            for batch in _submitted(jobs, size, pool, fitted):
                 waiting.append(batch)
                 if len(waiting) >= max(1, ahead):
                     yield _ready(waiting.popleft())
@@ -131,11 +145,12 @@ def _decoded(jobs: Sequence[Job], size: int, threads: int, ahead: int) -> Iterat
                 _close(source)
 
 
-def _submitted(jobs: Sequence[Job], size: int, pool: ThreadPoolExecutor) -> Iterator[_Batch]:
+def _submitted(jobs: Sequence[Job], size: int, pool: ThreadPoolExecutor, fitted: int) -> Iterator[_Batch]:
     """Hands out the work; the next slide is opened while the last is being read."""
     following = pool.submit(jobs[0].open) if jobs else None
     for job, after in zip(jobs, [*jobs[1:], None]):
         source, following = following, pool.submit(after.open) if after is not None else None
+        sample = pool.submit(_sample, source, job, fitted) if fitted else None
         for start in range(0, job.count, size):
             count = min(size, job.count - start)
             tiles = np.zeros((size, job.edge, job.edge, 3), np.uint8)
@@ -143,7 +158,7 @@ def _submitted(jobs: Sequence[Job], size: int, pool: ThreadPoolExecutor) -> Iter
                 pool.submit(_decode, source, start + i, tiles[i : min(i + GROUP, count)])
                 for i in range(0, count, GROUP)
             ]
-            yield _Batch(job, start, count, tiles, source, parts)
+            yield _Batch(job, start, count, tiles, source, sample, parts)
 
 
 def _decode(source: Future, start: int, out: np.ndarray) -> None:
@@ -153,9 +168,16 @@ def _decode(source: Future, start: int, out: np.ndarray) -> None:
         out[i] = tiles.read(start + i)
 
 
+def _sample(source: Future, job: Job, wanted: int) -> np.ndarray:
+    """uint8 [T, h, h, 3]: tiles evenly spread over a slide."""
+    tiles = source.result()
+    chosen = np.unique(np.linspace(0, job.count - 1, min(wanted, job.count)).round().astype(int))
+    return np.stack([tiles.read(int(i)) for i in chosen])
+
+
 def _ready(batch: _Batch) -> tuple[_Batch, DataError | None]:
     error = None
-    for part in batch.parts:
+    for part in [*batch.parts, *([batch.sample] if batch.sample is not None else [])]:
         try:
             part.result()
         except DataError as problem:

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from histokd_jax.encoders.presets import BICUBIC, Transform
 
-StainFunction = Callable[[jax.Array], jax.Array]
-"""Pure: uint8 [B, h, w, 3] -> float [B, h, w, 3] on a scale of 0 to 255."""
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stain:
+    """A stain normalisation that is fitted to each slide.
+
+    Attributes:
+      facts: what a manifest records, JSON-serialisable.
+      fit: uint8 [T, h, w, 3], some tiles of one slide -> its parameters, arrays of fixed shapes. Raises DataError if the
+        slide holds no stains.
+      apply: pure, (uint8 [B, h, w, 3], parameters) -> float [B, h, w, 3] on a scale of 0 to 255.
+      tiles: how many tiles of a slide are fitted.
+    """
+
+    facts: Mapping[str, Any]
+    fit: Callable[[np.ndarray], Any]
+    apply: Callable[[jax.Array, Any], jax.Array]
+    tiles: int = 16
 
 
-def prepare(tiles: jax.Array, transform: Transform, stain: StainFunction | None = None) -> jax.Array:
+def prepare(tiles: jax.Array, transform: Transform, stain: Stain | None = None, parameters: Any = None) -> jax.Array:
     """Resizes, crops and normalises tiles.
 
     Tiles of the size of the encoder's input are only normalised. Others are resized as Pillow does it: the filter's
@@ -23,11 +41,12 @@ def prepare(tiles: jax.Array, transform: Transform, stain: StainFunction | None 
       tiles: uint8 [B, h, h, 3].
       transform: of the encoder.
       stain: applied to the tiles as they were read.
+      parameters: of the stains of the slide.
 
     Returns:
       float32 [B, size, size, 3].
     """
-    x = tiles.astype(jnp.float32) if stain is None else jnp.asarray(stain(tiles), jnp.float32)
+    x = tiles.astype(jnp.float32) if stain is None else jnp.asarray(stain.apply(tiles, parameters), jnp.float32)
     if tiles.shape[1] != transform.size:
         x = _crop(_resize(x, transform), transform.size)
     mean, std = (jnp.asarray(v, jnp.float32)[None, None, None] for v in (transform.mean, transform.std))

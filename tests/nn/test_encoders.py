@@ -147,7 +147,13 @@ def test_the_keras_variant_has_its_stated_size():
 
 @pytest.mark.parametrize(
     ("name", "image", "gmacs"),
-    [("vit_small", 224, 4.6), ("vit_base", 224, 17.6), ("uni", 224, 61.6), ("resnet50", 224, 4.1), ("gigapath", 224, 223)],
+    [
+        ("vit_small", 224, 4.6),
+        ("vit_base", 224, 17.6),
+        ("uni", 224, 61.6),
+        ("resnet50", 224, 4.1),
+        ("gigapath", 224, 223),
+    ],
 )
 def test_analytic_arithmetic_agrees_with_published_counts(name, image, gmacs):
     assert specs.forward_flops(presets.get(name).spec, image) / 2e9 == pytest.approx(gmacs, rel=0.03)
