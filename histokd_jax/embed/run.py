@@ -143,7 +143,8 @@ class _Bags:
         found, features = next(self._new)
         assert found == index, (found, index)
         if isinstance(features, DataError):
-            return Rejected(slide.source.file, slide.slide_id, "unreadable tile", str(features))
+            reason = features.reason if isinstance(features, slides.Unusable) else "unreadable tile"
+            return Rejected(slide.source.file, slide.slide_id, reason, str(features))
         result = _bag(self._plan, slide, features)
         if isinstance(result, Bag):
             self._save(index, features.astype(shards.stored_dtype(self._plan.facts)))

@@ -125,7 +125,9 @@ def _collect(running: collections.deque, rows: dict, progress: Progress | None) 
         yield job.index, rows.pop(job.index)
 
 
-def _decoded(jobs: Sequence[Job], size: int, threads: int, ahead: int) -> Iterator[tuple[_Batch, DataError | None]]:
+def _decoded(
+    jobs: Sequence[Job], size: int, threads: int, ahead: int, fitted: int
+) -> Iterator[tuple[_Batch, DataError | None]]:
     """Batches in order, each when all its tiles are there; with the error if one could not be read."""
     with ThreadPoolExecutor(threads, thread_name_prefix="tiles") as pool:
         waiting: collections.deque[_Batch] = collections.deque()

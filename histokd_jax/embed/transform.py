@@ -19,8 +19,8 @@ class Stain:
 
     Attributes:
       facts: what a manifest records, JSON-serialisable.
-      fit: uint8 [T, h, w, 3], some tiles of one slide -> its parameters, arrays of fixed shapes. Raises DataError if the
-        slide holds no stains.
+      fit: uint8 [T, h, w, 3], some tiles of one slide -> its parameters, arrays of fixed shapes. Raises DataError
+        if the slide holds no stains.
       apply: pure, (uint8 [B, h, w, 3], parameters) -> float [B, h, w, 3] on a scale of 0 to 255.
       tiles: how many tiles of a slide are fitted.
     """
