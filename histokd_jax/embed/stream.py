@@ -150,17 +150,21 @@ def _decoded(
 def _submitted(jobs: Sequence[Job], size: int, pool: ThreadPoolExecutor, fitted: int) -> Iterator[_Batch]:
     """Hands out the work; the next slide is opened while the last is being read."""
     following = pool.submit(jobs[0].open) if jobs else None
-    for job, after in zip(jobs, [*jobs[1:], None]):
-        source, following = following, pool.submit(after.open) if after is not None else None
-        sample = pool.submit(_sample, source, job, fitted) if fitted else None
-        for start in range(0, job.count, size):
-            count = min(size, job.count - start)
-            tiles = np.zeros((size, job.edge, job.edge, 3), np.uint8)
-            parts = [
-                pool.submit(_decode, source, start + i, tiles[i : min(i + GROUP, count)])
-                for i in range(0, count, GROUP)
-            ]
-            yield _Batch(job, start, count, tiles, source, sample, parts)
+    try:
+        for job, after in zip(jobs, [*jobs[1:], None]):
+            source, following = following, pool.submit(after.open) if after is not None else None
+            sample = pool.submit(_sample, source, job, fitted) if fitted else None
+            for start in range(0, job.count, size):
+                count = min(size, job.count - start)
+                tiles = np.zeros((size, job.edge, job.edge, 3), np.uint8)
+                parts = [
+                    pool.submit(_decode, source, start + i, tiles[i : min(i + GROUP, count)])
+                    for i in range(0, count, GROUP)
+                ]
+                yield _Batch(job, start, count, tiles, source, sample, parts)
+    finally:  # Broken off: nobody will use the slide that was opened ahead.
+        if following is not None:
+            _close(following)
 
 
 def _decode(source: Future, start: int, out: np.ndarray) -> None:
@@ -190,6 +194,5 @@ def _ready(batch: _Batch) -> tuple[_Batch, DataError | None]:
 
 
 def _close(source: Future) -> None:
-    if source.cancelled() or (source.done() and source.exception() is not None):
-        return
-    source.result().close()
+    if not source.cancel() and source.exception() is None:
+        source.result().close()
