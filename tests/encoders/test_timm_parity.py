@@ -5,7 +5,7 @@ import dataclasses
 import encoder_reference as reference
 import numpy as np
 import pytest
-from timm_setup import import_timm
+from timm_setup import import_timm, vit_options
 
 from histokd_jax.encoders import presets
 from histokd_jax.encoders.loading import from_torch
@@ -18,24 +18,9 @@ pytestmark = pytest.mark.torch
 RNG = np.random.default_rng(0)
 
 
-def timm_options(spec):
-    """Arguments of timm's VisionTransformer for a specification."""
-    timm = import_timm()
-    import torch
-
-    options = {"patch_size": spec.patch, "embed_dim": spec.width, "depth": spec.depth, "num_heads": spec.heads}
-    options |= {"img_size": spec.image, "mlp_ratio": spec.hidden / spec.width + 1e-6, "reg_tokens": spec.registers}
-    options |= {"init_values": 1e-5 if spec.layer_scale else None, "no_embed_class": not spec.embed_prefix}
-    options |= {"qkv_bias": spec.qkv_bias, "class_token": spec.class_token, "num_classes": 0}
-    options["global_pool"] = {"cls": "token", "mean": "avg", "cls_mean": ""}[spec.pool]
-    if spec.mlp == "swiglu":
-        options |= {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": torch.nn.SiLU}
-    return options
-
-
 def timm_vit(spec, **more):
     timm = import_timm()
-    return timm.models.vision_transformer.VisionTransformer(**timm_options(spec), **more).eval()
+    return timm.models.vision_transformer.VisionTransformer(**vit_options(spec), **more).eval()
 
 
 def randomised(model):
@@ -119,7 +104,7 @@ def test_full_size_models_have_the_keys_and_shapes_we_expect(name):
         if isinstance(spec, ResNetSpec):
             model = timm.create_model("resnet50")
         else:
-            model = timm.models.vision_transformer.VisionTransformer(**timm_options(spec), weight_init="skip")
+            model = timm.models.vision_transformer.VisionTransformer(**vit_options(spec), weight_init="skip")
     theirs = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     own = flatten(build.shapes(spec))
     wanted = {

@@ -1,34 +1,29 @@
-"""timm beside a CPU build of PyTorch."""
+"""timm for tests; a test that needs it skips with the reason where it is not installed."""
 
+import pathlib
 import sys
 
 import pytest
 
-_SCHEMAS = (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-)
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+from benchmarks import timm_peer  # noqa: E402
+
 KEPT = []
-"""Libraries of operators live as long as something refers to them."""
+"""What must stay alive beside timm."""
 
 
 def import_timm():
-    """The module timm; torchvision's compiled operators, which it does not need here, may be missing."""
-    torch = pytest.importorskip("torch")
-    for name in ("torchvision", "timm"):
-        if name not in sys.modules:
-            import importlib.util
-
-            if importlib.util.find_spec(name) is None:
-                pytest.skip(f"{name} is not installed: make test-torch installs it")
+    """The module timm."""
+    pytest.importorskip("torch")
     try:
-        import timm
-    except (RuntimeError, AttributeError):
-        for name in [name for name in sys.modules if name.split(".")[0] in ("timm", "torchvision")]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        for schema in _SCHEMAS:
-            library.define(schema)
-        KEPT.append(library)
-        import timm
+        timm, kept = timm_peer.import_timm()
+    except ImportError as error:
+        pytest.skip(f"{error}: make test-torch installs it")
+    KEPT.append(kept)
     return timm
+
+
+def vit_options(spec):
+    """Arguments of timm's VisionTransformer."""
+    return timm_peer.vit_options(import_timm(), spec)
