@@ -1,11 +1,11 @@
 """Embedding speed: tiles per second of the encoder alone, of decoding alone, and of both together; MFU.
 
-`encode` takes uint8 tiles in host memory to embeddings in host memory (transfer, normalisation and network); `timm` does
-the same with PyTorch in eager mode on the same kind of device (bfloat16 by autocast), in turn with ours, where torch,
-torchvision and timm are installed. `decode` reads the tiles of a painted, losslessly compressed pyramid with OpenSlide
-(or of --slide FILE); `end_to_end` is what `histokd embed` does, without writing. MFU is analytic FLOPs of products per
-image (2 per multiply-add) times tiles per second over the peak of the devices. Weights are random: speed does not
-depend on them. Measure on a quiet machine.
+`encode` takes uint8 tiles in host memory to embeddings in host memory (transfer, normalisation and network); `timm`
+does the same with PyTorch in eager mode on the same kind of device (bfloat16 by autocast), in turn with ours, where
+torch, torchvision and timm are installed. `decode` reads the tiles of a painted, losslessly compressed slide with
+OpenSlide (or of --slide FILE); `end_to_end` is what `histokd embed` does, without writing. MFU is analytic FLOPs of
+products per image (2 per multiply-add) times tiles per second over the peak of the devices. Weights are random: speed
+does not depend on them. Measure on a quiet machine.
 
     python -m benchmarks.bench_embed [--smoke] [--encoders vit_small uni ...] [--slide FILE] [--out FILE]
 """

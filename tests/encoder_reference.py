@@ -24,6 +24,9 @@ RESNETS = {
 }
 
 
+_POSITIVE = ("norm.weight", "norm1.weight", "norm2.weight", "gamma")
+
+
 def encoder(spec, name="tiny", **changes):
     """An encoder of a small specification."""
     return dataclasses.replace(Encoder(name, spec, SMALL, unused=("head.", "fc.")), **changes)
@@ -40,7 +43,7 @@ def random_state(spec, seed=0):
         shape = entry.shape(tuple(own[entry.path].shape)[entry.layer is not None :], getattr(spec, "patch", 0))
         fan = max(1, int(np.prod(shape[1:])))
         value = rng.standard_normal(shape) / np.sqrt(fan if len(shape) > 1 else 10)
-        if entry.key.endswith(("norm.weight", "norm1.weight", "norm2.weight", "gamma")) or ".bn" in f".{entry.key}":
+        if entry.key.endswith(_POSITIVE) or ".bn" in f".{entry.key}" or "downsample.1" in entry.key:
             value = 1 + 0.3 * rng.random(shape)
         state[entry.key] = value.astype(np.float32)
     return state
