@@ -35,7 +35,7 @@ def prepare(tiles: jax.Array, transform: Transform, stain: Stain | None = None, 
     """Resizes, crops and normalises tiles.
 
     Tiles of the size of the encoder's input are only normalised. Others are resized as Pillow does it: the filter's
-    support grows with the reduction, and the result is rounded to whole levels within 0..255.
+    support grows with the reduction, and both passes are rounded to whole levels within 0..255.
 
     Args:
       tiles: uint8 [B, h, h, 3].
@@ -54,12 +54,12 @@ def prepare(tiles: jax.Array, transform: Transform, stain: Stain | None = None, 
 
 
 def _resize(x: jax.Array, transform: Transform) -> jax.Array:
-    edge = transform.resize
-    if x.shape[1] == edge:
-        return x
-    method = "cubic" if transform.method == BICUBIC else "linear"
-    resized = jax.image.resize(x, (len(x), edge, edge, 3), method, antialias=True)
-    return jnp.clip(jnp.round(resized), 0, 255)
+    edge, method = transform.resize, "cubic" if transform.method == BICUBIC else "linear"
+    for axis in (2, 1):  # As Pillow: rows first, and whole levels between the passes.
+        if x.shape[axis] != edge:
+            shape = (*x.shape[:axis], edge, *x.shape[axis + 1 :])
+            x = jnp.clip(jnp.floor(jax.image.resize(x, shape, method, antialias=True) + 0.5), 0, 255)
+    return x
 
 
 def _crop(x: jax.Array, size: int) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -47,15 +48,16 @@ class LoadedEncoder:
     def facts(self) -> dict[str, Any]:
         """What a manifest records about the encoder, JSON-serialisable."""
         encoder = self.encoder
-        return {
+        facts = {
             "name": encoder.name,
             "licence": encoder.licence,
             "weights": self.weights,
             "weights_sha256": self.sha256,
             "architecture": folder.spec_facts(encoder.spec),
             "transform": dataclasses.asdict(encoder.transform),
-            "trained_mpp": list(encoder.mpp),
+            "trained_mpp": encoder.mpp,
         }
+        return json.loads(json.dumps(facts))  # lists, as they are read back
 
 
 def load(encoder: Encoder, path: pathlib.Path) -> LoadedEncoder:

@@ -35,8 +35,7 @@ def paint(folder, name, seed=0, height=400, width=500, **options):
 
 def grid_of(name, n, dimensions=(500, 400), **changes):
     """n tiles of 32 px at 1 um from slides with 0.5 um."""
-    columns = (dimensions[0] - LEVEL0) // LEVEL0
-    coords = np.array([[(i % columns) * LEVEL0 + 3, (i // columns) * LEVEL0 + 5] for i in range(n)], np.int32)
+    coords = np.array([[(i % 6) * LEVEL0 + 57, (i // 6) * LEVEL0 + 41] for i in range(n)], np.int32)
     facts = {"mpp": 1.0, "magnification": 10.0, "level0_mpp": 0.5, "slide_file": f"{name}.tiff"}
     facts |= {"level0_width": dimensions[0], "level0_height": dimensions[1]}
     return TileGrid(name, coords.reshape(-1, 2), PX, LEVEL0, **{**facts, **changes})
@@ -59,7 +58,7 @@ def write_cohort(folder, counts=None):
 
 
 def make_plan(folder, loaded=None, compute=COMPUTE, images=False, rule=None, **options):
-    options = {"name": "toy", "shard_bytes": 2000} | options
+    options = {"name": "toy", "shard_bytes": 1500} | options
     root = folder / "slides"
     found, rejected = (slides.find_images(root), []) if images else slides.find_slides(root, folder / "job")
     return plan.make_plan(

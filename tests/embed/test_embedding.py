@@ -13,6 +13,7 @@ import sys
 import cohort
 import numpy as np
 import pytest
+import tifffile
 from cohort import COUNTS, coords_path, grid_of, make_plan, paint, tiny_encoder, trained, write_cohort
 
 from data_pipelines import bag, planned_writer
@@ -64,7 +65,7 @@ def test_rows_are_the_embeddings_of_the_tiles_at_their_coordinates(folder, whole
         order = bag.permutation(0, name, len(tiles))
         np.testing.assert_array_equal(coords, grid.coords[order])
         np.testing.assert_allclose(features.astype(np.float32), expected[order], atol=4e-3)
-        assert np.ptp(expected, axis=0).mean() > 0.01, "tiles must differ"
+        assert np.ptp(expected, axis=0).mean() > 0.05, "tiles must differ"
 
 
 def test_the_manifest_says_what_the_embeddings_are(folder, whole):
@@ -183,7 +184,7 @@ def test_a_slide_that_changed_after_the_kill_is_embedded_again(tmp_path):
     loaded, name = tiny_encoder(), list(COUNTS)[0]
     made = make_plan(folder, loaded)
     with planned_writer.work_folder(tmp_path / "out") as work:
-        bags = run._Bags(made, work, [0, 1], cohort.embedder(loaded), 2, 2, lambda n: None)
+        bags = run._Bags(made, work, range(len(made.shards)), cohort.embedder(loaded), 2, 2, lambda n: None)
         assert [bags.next(i).slide_id for i in (0, 1)] == sorted(COUNTS)[:2]
     paint(folder / "slides", name, seed=99)
     outcome = run.run_embedding(make_plan(folder, loaded), tmp_path / "out", cohort.embedder(loaded))
@@ -240,9 +241,11 @@ def test_a_slide_damaged_in_its_tiles_goes_to_quarantine_alone(tmp_path):
     names = ["TCGA-AA-0001-DX1", "TCGA-AA-0002-DX1", "TCGA-AA-0003-DX1"]
     folder = write_cohort(tmp_path, dict.fromkeys(names, 20))
     path = folder / "slides" / f"{names[1]}.tiff"
+    with tifffile.TiffFile(path) as file:  # level 1, from which tiles are read
+        places = list(zip(file.pages[1].dataoffsets, file.pages[1].databytecounts))
     content = bytearray(path.read_bytes())
-    middle = len(content) // 4  # compressed pixels of level 0; the directories lie elsewhere
-    content[middle : middle + 4000] = bytes(4000)
+    for start, count in places:
+        content[start : start + count] = bytes(count)
     path.write_bytes(content)
     outcome = cohort.embed(folder, tmp_path / "out")
     assert reasons(outcome.rejected) == {names[1]: "unreadable tile"}
@@ -293,7 +296,7 @@ def test_a_resolution_that_the_slide_contradicts_goes_to_quarantine(tmp_path):
     folder = write_cohort(tmp_path, {name: 4})
     write_coords(coords_path(folder, name), grid_of(name, 4, mpp=None, magnification=20.0, level0_mpp=None))
     with pytest.raises(
-        plan.NothingUsable, match="contradictory mpp: .*says 0.5 um per pixel, and by the slide it is 1"
+        plan.NothingUsable, match="1 contradictory mpp; .*says 0.5 um per pixel, and by the slide it is 1"
     ):
         make_plan(folder)
 

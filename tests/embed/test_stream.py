@@ -24,7 +24,7 @@ class Tiles:
         if index == self.bad:
             raise DataError(f"slide {self.slide}: tile {index}")
         self.log.append(("read", self.slide))
-        return np.full((EDGE, EDGE, 3), 10 * self.slide + index, np.uint8)
+        return np.full((EDGE, EDGE, 3), (10 * self.slide + index) % 256, np.uint8)
 
     def close(self):
         self.log.append(("close", self.slide))

@@ -38,9 +38,8 @@ def test_other_tiles_are_resized_and_cropped_as_pillow_does(tiles, method, resiz
     for tile, result in zip(tiles, found):
         image = Image.fromarray(tile).resize((resize, resize), getattr(Image.Resampling, method.upper()))
         expected = np.asarray(image)[start : start + size, start : start + size]
-        # Pillow rounds between the two passes, too.
-        assert np.abs(result - expected).max() <= 1.01
-        assert (np.abs(result - expected) > 0.01).mean() < 0.2
+        assert np.abs(result - expected).max() <= 1.01  # where a sum lies half-way between two levels
+        assert (np.abs(result - expected) > 0.01).mean() < 0.05
 
 
 def test_stain_normalisation_comes_first_and_sees_the_parameters_of_the_slide():

@@ -66,7 +66,7 @@ def test_weights_of_another_width_are_refused_by_shape():
     [
         ({"image": 42}, "--spec image=42"),
         ({"embed_prefix": True}, "--spec embed_prefix=true"),
-        ({"image": 56, "embed_prefix": True}, "--spec image=56 and --spec embed_prefix=true"),
+        ({"image": 42, "embed_prefix": True}, "--spec image=42 and --spec embed_prefix=true"),
     ],
 )
 def test_position_embeddings_of_another_length_are_explained(change, hint):

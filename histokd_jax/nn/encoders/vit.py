@@ -11,14 +11,15 @@ from histokd_jax.nn.encoders.specs import CLS, MEAN, SWIGLU, ViTSpec
 ATTENTIONS = ("xla", "cudnn")
 """Implementations of the attention; "cudnn" is fused, for half precision on GPUs."""
 
-_KERNEL = nn.initializers.truncated_normal(0.02)
+_KERNEL = nn.initializers.lecun_normal()
 
 
 class ViT(nn.Module):
     """A vision transformer without a head.
 
-    Random values start as timm's, except for layer scale, which starts at 1: with the published 1e-5 an untrained
-    network would give all images the same embedding.
+    Kernels start as LeCun's (a deviation of one over the root of the inputs, so that small networks work, too), tokens
+    and positions as timm's. Layer scale starts at 1: with the published 1e-5 an untrained network would give all images
+    the same embedding.
 
     Attributes:
       spec: the architecture.
@@ -39,7 +40,7 @@ class ViT(nn.Module):
             self.cls_token = self.param("cls_token", nn.initializers.normal(1e-6), (1, spec.width))
         if spec.registers:
             self.reg_token = self.param("reg_token", nn.initializers.normal(1e-6), (spec.registers, spec.width))
-        self.pos_embed = self.param("pos_embed", _KERNEL, (spec.positions, spec.width))
+        self.pos_embed = self.param("pos_embed", nn.initializers.truncated_normal(0.02), (spec.positions, spec.width))
         scanned = nn.scan(
             Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=spec.depth, metadata_params={}
         )
