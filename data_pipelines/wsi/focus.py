@@ -6,26 +6,29 @@ import numpy as np
 
 BLUR_MPP = 1.0
 """Micrometres per pixel at which sharpness is judged: nuclei show, and little has to be read."""
-_NOISE_VARIANCE = 4.0
+_NOISE = 1.0
 _MIN_TILES = 8
-_FLOOR = 0.02
+_FLOOR = 0.15
 
 
 def sharpness(tile: np.ndarray) -> float:
-    """Variance of the Laplacian of the luminance, relative to the variance of the luminance itself.
+    """Energy of the Laplacian of the luminance, relative to the energy of its gradient (Tenengrad).
 
-    The ratio does not depend on stain or contrast: defocus takes away fine structure and leaves the coarse.
+    The ratio depends little on stain, contrast and on how much of the tile is glass: defocus takes away fine structure
+    and leaves the coarse.
 
     Args:
-      tile: uint8 [height, width, 3].
+      tile: uint8 [height, width, 3], at least 3 pixels wide and high.
 
     Returns:
-      At least 0; white noise has 20, a defocused image less than 0.1.
+      At least 0; white noise has 20, tissue in focus at 1 um per pixel 3 to 6, defocused by 2 um 0.2 to 0.4.
     """
     light = tile.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     centre = light[1:-1, 1:-1]
     laplacian = light[:-2, 1:-1] + light[2:, 1:-1] + light[1:-1, :-2] + light[1:-1, 2:] - 4 * centre
-    return float(laplacian.var() / (light.var() + _NOISE_VARIANCE))
+    across, down = light[1:-1, 2:] - light[1:-1, :-2], light[2:, 1:-1] - light[:-2, 1:-1]
+    gradient = (across**2 + down**2).mean() / 4
+    return float((laplacian**2).mean() / (gradient + _NOISE))
 
 
 def blurred(values: np.ndarray, share: float) -> np.ndarray:
@@ -36,7 +39,7 @@ def blurred(values: np.ndarray, share: float) -> np.ndarray:
       share: of the slide's typical sharpness (its upper quartile) below which a tile is blurred; 0: none is.
 
     Returns:
-      bool [n]. Below the absolute floor of 0.02 a tile is blurred even where all are.
+      bool [n]. Below the absolute floor of 0.15 a tile is blurred even where all are.
     """
     if share == 0 or not len(values):
         return np.zeros(len(values), bool)

@@ -34,7 +34,7 @@ class TileOptions:
     overlap: int = 0
     min_tissue: float = 0.5
     mpp_tolerance: float = 0.02
-    sharpness: float = 0.15
+    sharpness: float = 0.2
 
     def __post_init__(self):
         checks = {

@@ -12,7 +12,7 @@ from data_pipelines.wsi.contours import Region
 from data_pipelines.wsi.grid import Candidates
 from data_pipelines.wsi.tissue import TissueMap
 
-_TISSUE, _HOLE, _TILE = (0, 140, 60), (0, 90, 220), (30, 30, 30)
+_TISSUE, _HOLE, _TILE, _TILE_ON_DARK = (0, 140, 60), (0, 90, 220), (30, 30, 30), (200, 200, 200)
 _REJECTED = {"blurred": (235, 120, 0), "ink": (200, 0, 160), "black": (110, 110, 110), "edge": (160, 140, 0)}
 _LINE, _MARGIN, _FONT = 26, 10, 16
 
@@ -46,7 +46,7 @@ def draw(
     image = Image.fromarray(_tinted(picture, found))
     pen = ImageDraw.Draw(image)
     scale = np.array([image.width / dimensions[0], image.height / dimensions[1]])
-    _draw_tiles(pen, tiles, size, scale)
+    _draw_tiles(pen, tiles, size, scale, _TILE if picture.mean() > 80 else _TILE_ON_DARK)
     stretch = np.array([image.width / found.tissue.shape[1], image.height / found.tissue.shape[0]])
     for piece in pieces:
         _draw_ring(pen, piece.outer * stretch[None], _TISSUE)
@@ -68,9 +68,9 @@ def _tinted(picture: np.ndarray, found: TissueMap) -> np.ndarray:
     return result
 
 
-def _draw_tiles(pen: Any, tiles: Candidates, size: int, scale: np.ndarray) -> None:
+def _draw_tiles(pen: Any, tiles: Candidates, size: int, scale: np.ndarray, kept: tuple[int, int, int]) -> None:
     # Kept tiles last, so that a rejected neighbour does not hide their edge.
-    for reason, colour in (*_REJECTED.items(), ("", _TILE)):
+    for reason, colour in (*_REJECTED.items(), ("", kept)):
         for corner in tiles.coords[tiles.verdict == reason]:
             left, top = corner * scale
             right, bottom = (corner + size) * scale

@@ -148,7 +148,7 @@ def _check_options(folder: pathlib.Path, work: pathlib.Path, options: TilingOpti
     if stored == wanted:
         return
     if stored is not None and not overwrite:
-        changed = ", ".join(f"{name} {stored.get(name)!r}, now {value!r}" for name, value in _flat(stored, wanted))
+        changed = ", ".join(f"{name} {old!r}, now {new!r}" for name, old, new in _changed(stored, wanted))
         raise DatasetExistsError(
             f"{folder} holds tiles made with other options ({changed}); choose another --out or pass --overwrite"
         )
@@ -161,17 +161,19 @@ def _check_options(folder: pathlib.Path, work: pathlib.Path, options: TilingOpti
 
 def _facts(options: TilingOptions) -> dict[str, Any]:
     """The options that decide the result of every slide; the default mpp is part of the key of a slide instead."""
-    facts = dataclasses.asdict(options)
-    facts.pop("mpp")
-    return facts
+    facts = {"tiles": dataclasses.asdict(options.tiles), "tissue": dataclasses.asdict(options.tissue)}
+    return {group: {name: _plain(value) for name, value in values.items()} for group, values in facts.items()}
 
 
-def _flat(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _plain(value: Any) -> Any:
+    """Equal numbers are written alike: 5000 as 5000.0."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _changed(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     for group, values in wanted.items():
-        old = stored.get(group)
-        for name, value in values.items():
-            if not isinstance(old, Mapping) or old.get(name) != value:
-                yield f"{group}.{name}", value
+        old = stored.get(group, {})
+        yield from ((f"{group}.{name}", old.get(name), new) for name, new in values.items() if old.get(name) != new)
 
 
 def _key(root: pathlib.Path, source: SlideSource, options: TilingOptions) -> str:

@@ -137,11 +137,11 @@ def read_tile(slide: SlideFile, location_level0: Sequence[int], size_level0: int
     level, edge = choose_level(slide.level_downsamples, size_level0, out_px)
     location = (int(location_level0[0]), int(location_level0[1]))
     if round(edge) == out_px:
-        return np.asarray(slide.read_rgb(location, level, (out_px, out_px)))
+        return np.array(slide.read_rgb(location, level, (out_px, out_px)))
     pixels = math.ceil(edge - 1e-6)
     region = slide.read_rgb(location, level, (pixels, pixels))
     limit = min(edge, float(pixels))
-    return np.asarray(region.resize((out_px, out_px), _pil().Resampling.BICUBIC, box=(0.0, 0.0, limit, limit)))
+    return np.array(region.resize((out_px, out_px), _pil().Resampling.BICUBIC, box=(0.0, 0.0, limit, limit)))
 
 
 def choose_level(downsamples: Sequence[float], size_level0: int, out_px: int) -> tuple[int, float]:

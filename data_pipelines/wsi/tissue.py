@@ -20,11 +20,12 @@ from data_pipelines.wsi.contours import well_composed
 MODES = ("brightfield", "fluorescence", "all")
 _SMOOTH_UM = 6.0
 _CLOSE_UM = 12.0
-_INK_MARGIN_UM = 24.0
+_INK_REACH_UM, _INK_MARGIN_UM = 40.0, 16.0
 _MIN_INK_UM2 = 4_000.0
 _MIN_BLACK_UM2 = 10_000.0
 _OTSU_BOUNDS = (0.05, 0.15)
 _LOW_SHARE, _LOW_FLOOR = 0.6, 0.035
+_MAX_TINT = 25.0
 _EIGHT = np.ones((3, 3), bool)
 
 
@@ -136,7 +137,8 @@ def segment(rgb: np.ndarray, mpp: float, options: TissueOptions) -> TissueMap:
 def background(rgb: np.ndarray) -> np.ndarray:
     """Colour of the empty glass.
 
-    Pure white (frames, areas that were not scanned) does not count where something else is bright, too.
+    Pure white (frames, areas that were not scanned) does not count where something else is bright, too. Where the
+    brightest pixels are coloured no glass is in view, and white of the same brightness is assumed.
 
     Args:
       rgb: [height, width, 3].
@@ -152,7 +154,10 @@ def background(rgb: np.ndarray) -> np.ndarray:
         return np.full(3, 255, np.float32)
     light = pixels.mean(axis=1)
     bright = pixels[light >= np.percentile(light, 95)]
-    return np.clip(np.median(bright, axis=0), 200, 255).astype(np.float32)
+    colour = np.median(bright, axis=0)
+    if np.ptp(colour) > _MAX_TINT:
+        colour = np.full(3, max(colour.max(), 240.0))
+    return np.clip(colour, 200, 255).astype(np.float32)
 
 
 def optical_density(rgb: np.ndarray, white: np.ndarray) -> np.ndarray:
@@ -237,8 +242,8 @@ def _fluorescence(rgb: np.ndarray, mpp: float) -> tuple[np.ndarray, float]:
 
 def _brightfield(rgb: np.ndarray, mpp: float, with_ink: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Signal [height, width] with 0 on ink and black areas, and those two masks."""
-    light = rgb.max(axis=-1)
-    if (light < 60).mean() > 0.5 and (light > 170).mean() < 0.05:
+    light = rgb.mean(axis=-1)
+    if (light < 60).mean() > 0.5 and (light > 150).mean() < 0.05:
         raise NoTissue(
             "dark background",
             "most of the slide is black: a fluorescence image? Tissue is found there with --tissue fluorescence",
@@ -269,24 +274,23 @@ def _ink(od: np.ndarray, mpp: float) -> np.ndarray:
     red, green, blue = np.moveaxis(od, -1, 0)
     total = red + green + blue
     excess = red - green
-    cold = _without_small((excess > 0.07 * total) & (total > 0.6), _MIN_INK_UM2 / mpp**2)
-    warm = (green > 0.65) & (blue > 0.65 * green) & (red < 0.2 * green)
-    warm = _without_small(warm, _MIN_INK_UM2 / mpp**2)
-    pale_cold = (excess > 0.035 * total) & (total > 0.12)
-    pale_warm = (green > 0.12) & (blue > 0.6 * green) & (red < 0.25 * green)
-    return _grown(cold, pale_cold, mpp) | _grown(warm, pale_warm, mpp)
+    dense = (excess > 0.02 * total) & (total > 1.6)
+    cold = (excess > 0.07 * total) & (total > 0.6)
+    cold = _without_small(cold | dense, _MIN_INK_UM2 / mpp**2)
+    warm = (green > 0.7) & (blue > 0.65 * green) & (red < 0.14 * green)
+    warm |= (green > 1.0) & (blue > 0.6 * green) & (red < 0.35 * green)  # over tissue, which absorbs red
+    pale_cold = dense | ((excess > 0.035 * total) & (total > 0.12))
+    pale_warm = warm | ((green > 0.12) & (blue > 0.6 * green) & (red < 0.2 * green))
+    return _grown(cold, pale_cold, mpp) | _grown(_without_small(warm, _MIN_INK_UM2 / mpp**2), pale_warm, mpp)
 
 
 def _grown(seeds: np.ndarray, into: np.ndarray, mpp: float) -> np.ndarray:
-    """Seeds, what of `into` is connected to them, and a margin."""
+    """Seeds, what of `into` is connected to them within a short way, and a margin."""
     if not seeds.any():
         return seeds
-    labels, count = ndimage.label(into | seeds, _EIGHT)
-    keep = np.zeros(count + 1, bool)
-    keep[labels[seeds]] = True
-    keep[0] = False
-    radius = max(1, round(_INK_MARGIN_UM / mpp))
-    return ndimage.binary_dilation(keep[labels], disk(1), iterations=radius)
+    reach, margin = (max(1, round(width / mpp)) for width in (_INK_REACH_UM, _INK_MARGIN_UM))
+    near = ndimage.binary_dilation(seeds, _EIGHT, iterations=reach, mask=into | seeds)
+    return ndimage.binary_dilation(near, disk(margin))
 
 
 def _why_none(signal: np.ndarray, threshold: float, ink: np.ndarray, black: np.ndarray, options: TissueOptions) -> str:

@@ -51,8 +51,8 @@ def _add_tile_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--min-tissue", type=float, default=0.5, metavar="SHARE", help="of a tile; default 0.5")
     group.add_argument(
-        "--min-sharpness", type=float, default=0.15, metavar="SHARE",
-        help="tiles less sharp than this share of the slide's upper quartile are blurred; 0 keeps all; default 0.15",
+        "--min-sharpness", type=float, default=0.2, metavar="SHARE",
+        help="tiles less sharp than this share of the slide's upper quartile are blurred; 0 keeps all; default 0.2",
     )  # fmt: skip
 
 
