@@ -39,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the order of patches within a slide")
     _add_encoder_arguments(parser)
     _add_compute_arguments(parser)
+    group = parser.add_argument_group("stain normalisation, fitted to each slide (default: none)")
+    group.add_argument("--stain", default="", metavar="METHOD", help="macenko, reinhard, vahadane, or a JSON file")
+    group.add_argument("--stain-reference", type=pathlib.Path, metavar="IMAGE", help="tile with the stains to aim at")
     group = parser.add_argument_group("patients (default: the first 12 characters of TCGA barcodes)")
     group.add_argument("--cases", metavar="TABLE", help="CSV with slide_id and case_id; slides not in it are left out")
     group.add_argument("--case-regex", metavar="REGEX", help="searched in the slide id; its group is the case id")
@@ -98,13 +101,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan_and_run(args: argparse.Namespace) -> int:
-    loaded = load_encoder(args)
-    plan = _plan(args, loaded)
+    loaded, stain = load_encoder(args), _stain(args)
+    plan = _plan(args, loaded, stain)
     _print_plan(plan)
     if args.dry_run:
         _print_rejected(plan.rejected)
         return EXIT_QUARANTINE if plan.rejected else 0
-    outcome = _embed(args, loaded, plan)
+    outcome = _embed(args, loaded, plan, stain)
     _print_outcome(outcome, args.out)
     return EXIT_QUARANTINE if outcome.rejected else 0
 
@@ -127,7 +130,17 @@ def load_encoder(args: argparse.Namespace):
     return loading.random(encoder, args.random_weights)
 
 
-def _plan(args: argparse.Namespace, loaded):
+def _stain(args: argparse.Namespace):
+    if not args.stain:
+        if args.stain_reference is not None:
+            raise ValueError("--stain-reference needs --stain METHOD")
+        return None
+    from histokd_jax.embed import stains
+
+    return stains.load(args.stain, args.stain_reference)
+
+
+def _plan(args: argparse.Namespace, loaded, stain):
     import jax
 
     from data_pipelines.importers.cases import CaseRule
@@ -158,7 +171,7 @@ def _slides(args: argparse.Namespace):
     return slides.find_slides(args.source, args.coords, args.exclude)
 
 
-def _embed(args: argparse.Namespace, loaded, plan):
+def _embed(args: argparse.Namespace, loaded, plan, stain):
     from tqdm import tqdm
 
     from histokd_jax.embed import embedder, run
@@ -166,7 +179,7 @@ def _embed(args: argparse.Namespace, loaded, plan):
     if (done := run.existing(plan, args.out)) is not None:
         return done
     compute = embedder.Compute(args.batch, args.dtype, args.attention, args.devices)
-    engine = embedder.Embedder(loaded, compute)
+    engine = embedder.Embedder(loaded, compute, stain)
     total = sum(slide.facts.count for slide in plan.slides)
     with tqdm(total=total, unit="tile", unit_scale=True, disable=None) as bar:
         return run.run_embedding(

@@ -278,5 +278,7 @@ def _notes(
             f"tiles of {size} px are resized to {transform.resize} px ({transform.method}) and cropped to "
             f"{transform.size}"
         )
+    if facts["encoder"]["stain"]:
+        yield f"stains: {facts['encoder']['stain'].get('method', 'normalised')}, fitted to each slide"
     if facts["mpp"] is None:
         yield "the resolution of the tiles is not recorded; --mpp stores it in the manifest"

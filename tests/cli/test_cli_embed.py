@@ -8,6 +8,7 @@ import pytest
 import wsi_slides
 
 from data_pipelines.manifest import Manifest
+from data_pipelines.reader import BagReader
 from data_pipelines.torch_file import write_state_dict
 from data_pipelines.wsi.coords import TileGrid, write_coords
 
@@ -76,6 +77,9 @@ def test_weights_of_another_architecture_are_refused_in_one_line(histokd, tmp_pa
         (["--random-weights", "0", "--encoder", "uni7"], "encoder 'uni7' is unknown"),
         ([*RANDOM, "--spec", "colour=blue"], "the architecture of vit_tiny has patch, width"),
         ([*RANDOM, "--tiles"], "give --coords DIR for slides, or --tiles"),
+        ([*RANDOM, "--stain", "macenko"], "--stain macenko needs --stain-reference IMAGE"),
+        ([*RANDOM, "--stain", "absent.json"], "absent.json: neither one of macenko, reinhard, vahadane nor a file"),
+        ([*RANDOM, "--stain-reference", "a.png"], "--stain-reference needs --stain METHOD"),
         ([*RANDOM, "--mpp", "-1"], "--mpp -1.0: expected micrometres per pixel"),
         ([*RANDOM, "--batch", "9"], "9 tiles cannot be divided over 8 devices"),
         ([*TINY, "--weights", "absent.pt"], "absent.pt"),
@@ -93,6 +97,32 @@ def test_encoders_are_listed_with_their_licences(histokd):
     for name in ("uni2_h", "virchow2", "gigapath", "h_optimus_0", "phikon", "resnet50_clam"):
         assert name in done.out
     assert "CC BY-NC-ND 4.0" in done.out
+
+
+@pytest.mark.parametrize("method", ["macenko", "reinhard"])
+def test_stains_are_normalised_towards_the_reference(histokd, tmp_path, method):
+    """The encoder sees other pixels; a slide without stains goes to quarantine."""
+    from PIL import Image
+
+    arguments = files_of(tmp_path)
+    for seed, name in enumerate(["TCGA-AA-0001-DX1", "TCGA-AA-0002-DX1"]):
+        rgb = (
+            wsi_slides.glass(400, 500)
+            if seed
+            else wsi_slides.stain(wsi_slides.glass(400, 500), np.ones((400, 500), bool))
+        )
+        wsi_slides.write(tmp_path / "slides" / f"{name}.tiff", rgb)
+    other = wsi_slides.stain(wsi_slides.glass(64, 64), np.ones((64, 64), bool), seed=3)
+    Image.fromarray((other * [0.8, 0.9, 0.7]).astype(np.uint8)).save(tmp_path / "reference.png")
+    done = histokd("embed", *arguments, *RANDOM, "--stain", method, "--stain-reference", tmp_path / "reference.png")
+    assert done.code == 3 and f"stains: {method}, fitted to each slide" in done.out, done.err
+    with open(tmp_path / "out" / "quarantine.csv", newline="") as file:
+        assert [(r["slide_id"], r["reason"]) for r in csv.DictReader(file)] == [("TCGA-AA-0002-DX1", "no stains")]
+    assert Manifest.load(tmp_path / "out").encoder["stain"]["method"] == method
+    plain = [*arguments[:3], "--out", tmp_path / "plain", *arguments[5:]]
+    assert histokd("embed", *plain, *RANDOM).code == 0
+    one, other = (BagReader(tmp_path / name).read_bag(0)[0].astype(float) for name in ("out", "plain"))
+    assert np.abs(one - other).max() > 0.01
 
 
 # --- real files
@@ -153,8 +183,6 @@ def test_real_tile_images_are_embedded(histokd, real_data, tmp_path):
     source = real_data / "feature_bags" / "mopadi"
     done = histokd("embed", source, "--tiles", "--out", tmp_path / "out", "--batch", 8, *RANDOM)
     assert done.code == 0, done.err
-    from data_pipelines.reader import BagReader
-
     coords = BagReader(tmp_path / "out").read_bag(0)[1]
     assert sorted(map(tuple, coords.tolist())) == [(16896, 20480), (22016, 11776), (23040, 25088)]
     facts = json.loads((tmp_path / "out" / "manifest.json").read_text())
