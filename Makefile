@@ -5,10 +5,9 @@ VENV ?= $(if $(filter command,$(firstword $(origin PYTHON))),.venv-$(TAG),.venv)
 BIN := $(VENV)/bin
 # The CPU build of PyTorch; another index or version can be given on the command line.
 TORCH ?= torch==2.13.0
-# timm imports torchvision; without their dependencies, which would bring another build of PyTorch. The tests do
-# without torchvision's compiled operators.
+# timm imports torchvision. Both come without their dependencies, which would bring another build of PyTorch; what else
+# they need at import (numpy, pillow, pyyaml) is there already. The tests do without torchvision's compiled operators.
 TIMM ?= timm==1.0.31 torchvision
-TIMM_NEEDS ?= pyyaml huggingface_hub
 JOBS ?= 2
 
 .PHONY: demo test test-torch lint bench-smoke install install-test clean
@@ -34,7 +33,6 @@ $(VENV)/.installed-test: setup.py | $(BIN)/python
 $(VENV)/.installed-torch: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --no-deps $(TIMM)
-	$(BIN)/python -m pip install --quiet $(TIMM_NEEDS)
 	touch $@
 
 test: install-test

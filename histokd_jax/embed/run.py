@@ -141,7 +141,8 @@ class _Bags:
             self._progress(slide.facts.count)
             return _bag(self._plan, slide, np.load(self._file(index)))
         found, features = next(self._new)
-        assert found == index, (found, index)
+        if found != index:
+            raise RuntimeError(f"slide {index} was asked for, slide {found} came: bags must be taken in order")
         if isinstance(features, DataError):
             reason = features.reason if isinstance(features, slides.Unusable) else "unreadable tile"
             return Rejected(slide.source.file, slide.slide_id, reason, str(features))
