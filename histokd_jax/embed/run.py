@@ -144,8 +144,7 @@ class _Bags:
         if found != index:
             raise RuntimeError(f"slide {index} was asked for, slide {found} came: bags must be taken in order")
         if isinstance(features, DataError):
-            reason = features.reason if isinstance(features, slides.Unusable) else "unreadable tile"
-            return Rejected(slide.source.file, slide.slide_id, reason, str(features))
+            return _rejected(slide, features)
         result = _bag(self._plan, slide, features)
         if isinstance(result, Bag):
             self._save(index, features.astype(shards.stored_dtype(self._plan.facts)))
@@ -172,6 +171,12 @@ def _job(plan: EmbedPlan, index: int) -> stream.Job:
     return stream.Job(
         index, slide.facts.count, slide.facts.patch_size, lambda: slides.open_tiles(plan.root, slide.source)
     )
+
+
+def _rejected(slide: PlannedSlide, error: DataError) -> Rejected:
+    if isinstance(error, slides.Unusable):
+        return Rejected(slide.source.file, slide.slide_id, error.reason, error.detail)
+    return Rejected(slide.source.file, slide.slide_id, "unreadable tile", str(error))
 
 
 def _bag(plan: EmbedPlan, slide: PlannedSlide, features: np.ndarray) -> Bag | Rejected:
