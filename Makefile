@@ -5,6 +5,9 @@ VENV ?= $(if $(filter command,$(firstword $(origin PYTHON))),.venv-$(TAG),.venv)
 BIN := $(VENV)/bin
 # The CPU build of PyTorch; another index or version can be given on the command line.
 TORCH ?= torch==2.13.0
+# timm imports torchvision. Both come without their dependencies, which would bring another build of PyTorch; what else
+# they need at import (numpy, pillow, pyyaml) is there already. The tests do without torchvision's compiled operators.
+TIMM ?= timm==1.0.31 torchvision
 JOBS ?= 2
 
 .PHONY: demo test test-torch test-beam lint bench-smoke install install-test clean
@@ -29,6 +32,7 @@ $(VENV)/.installed-test: setup.py | $(BIN)/python
 
 $(VENV)/.installed-torch: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --no-deps $(TIMM)
 	touch $@
 
 test: install-test

@@ -13,6 +13,7 @@ from histokd_jax import __version__
 from histokd_jax.cli import (
     convert,
     demo,
+    embed,
     errors,
     evaluate,
     import_features,
@@ -22,6 +23,7 @@ from histokd_jax.cli import (
     splits,
     sweep,
     tables,
+    tile,
     train,
     validate,
 )
@@ -29,8 +31,10 @@ from histokd_jax.cli import (
 COMMANDS = {
     "demo": demo,
     "simulate": simulate,
+    "tile": tile,
     "import": import_features,
     "tables": tables,
+    "embed": embed,
     "validate": validate,
     "splits": splits,
     "train": train,
@@ -45,8 +49,10 @@ EPILOG = """\
 A first session:
   histokd demo                                   everything end to end on a simulated cohort, a few minutes
   histokd simulate --out data/sim                write a simulated cohort
+  histokd tile SLIDES --out job                  tissue and tile coordinates of whole-slide images
   histokd import FEATURE_FOLDER --out data/mine  bring your own cohort: CLAM, TRIDENT, STAMP, ... features
   histokd tables TABLE.csv --out data/mine       and its tables: MCAT, SurvPath, CLAM, STAMP, cBioPortal, ...
+  histokd embed SLIDES --coords DIR --encoder uni --weights FILE --out data/mine    or slides and an encoder
   histokd train --config configs/mkd.py:er,fold=all --workdir runs/er --config.data.dir=DATASET
   histokd predict --model runs/er --data NEW_DATASET --out predictions.csv
 """
@@ -79,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       Exit code: 0 success, 1 bad input or failure (one clear line on stderr), 130 interrupted after a checkpoint; a
-        command may define others (`histokd import`: 3, files in quarantine).
+        command may define others (`histokd import`, `tile`: 3, files in quarantine).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     top = parser()
