@@ -51,7 +51,7 @@ $(VENV)-beam/.installed: setup.py | $(VENV)-beam/bin/python
 	touch $@
 
 test-beam: $(VENV)-beam/.installed
-	$(VENV)-beam/bin/python -m pytest tests/data_pipelines/beam
+	$(VENV)-beam/bin/python -m pytest tests/data_pipelines/beam tests/embed/test_beam_embedding.py
 
 lint: install-test
 	$(BIN)/ruff check .

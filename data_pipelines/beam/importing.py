@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import functools
-import json
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from data_pipelines import atomic, planned_writer
+from data_pipelines import planned_writer
 from data_pipelines.beam import stage as beam_stage
-from data_pipelines.beam.stage import Failed, Stage
-from data_pipelines.errors import StorageError
+from data_pipelines.beam.stage import Stage
 from data_pipelines.importers import run
 from data_pipelines.importers.plan import ImportPlan, NothingUsable
 from data_pipelines.importers.run import Outcome
 from data_pipelines.planned_writer import WrittenShard
-
-_FAILURES = "failures.json"
 
 
 def import_on_beam(
@@ -45,7 +39,6 @@ def import_on_beam(
     with planned_writer.work_folder(out) as work:
         kept = run.kept_shards(plan, out)
         beam_stage.run(import_stage(plan, out, work, kept), options)
-        _raise_failures(work)
         done = run.prepare(plan, out, overwrite=True)
         if done is None:
             raise NothingUsable(plan.root, [*plan.rejected, *_rejected(plan, out)])
@@ -66,11 +59,11 @@ def import_stage(plan: ImportPlan, out: pathlib.Path, work: pathlib.Path, kept: 
         items=[index for index in range(len(plan.shards)) if index not in kept],
         work=functools.partial(_write, plan, work),
         finish=functools.partial(_complete, plan, out, dict(kept)),
-        report_failures=functools.partial(_note_failures, work),
+        folder=work,
     )
 
 
-def _write(plan: ImportPlan, work: pathlib.Path, index: int) -> WrittenShard:
+def _write(plan: ImportPlan, work: pathlib.Path, index: int, resource: None) -> WrittenShard:
     return run.write_planned_shard(plan, work, index, lambda count: None)
 
 
@@ -80,25 +73,6 @@ def _complete(
     written = {**kept, **{shard.index: shard for shard in results}}
     if any(shard.n_records for shard in written.values()):
         run.finish(plan, out, [written[index] for index in range(len(plan.shards))])
-
-
-def _note_failures(work: pathlib.Path, failures: Sequence[Failed]) -> None:
-    content = json.dumps([failure._asdict() for failure in failures]).encode()
-    os.replace(atomic.write_temporary(work, _FAILURES, content), work / _FAILURES)
-
-
-def _raise_failures(work: pathlib.Path) -> None:
-    path = work / _FAILURES
-    if not path.exists():
-        return
-    failures = json.loads(path.read_bytes())
-    path.unlink()
-    first = failures[0]
-    raise StorageError(
-        errno.EIO,
-        f"{len(failures)} shards could not be written, first number {first['item']}: {first['message']}; the same "
-        "command continues",
-    )
 
 
 def _rejected(plan: ImportPlan, out: pathlib.Path) -> list[planned_writer.Rejected]:

@@ -10,10 +10,16 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
+import json
+import os
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from data_pipelines import atomic
 from data_pipelines.errors import DataError, StorageError
+
+_FAILURES = "beam-failures"
 
 
 class Failed(NamedTuple):
@@ -30,16 +36,18 @@ class Stage:
     Attributes:
       name: for the labels of the pipeline.
       items: independent pieces of work, small.
-      work: item -> result, small; data go to files.
-      finish: (results in the order of the items) -> None; not called if an item failed.
-      report_failures: (failures) -> None, called in place of `finish`, where the pipeline runs.
+      work: (item, resource of the worker) -> result, small; data go to files.
+      finish: (results in the order of the items) -> None, called once, where the pipeline runs; not if an item failed.
+      folder: where failures are noted for the caller; exists, and is visible to all workers.
+      setup: makes what a worker needs for many items, e.g. an encoder on its device; None: nothing.
     """
 
     name: str
     items: Sequence[Any]
-    work: Callable[[Any], Any]
+    work: Callable[[Any, Any], Any]
     finish: Callable[[Sequence[Any]], None]
-    report_failures: Callable[[Sequence[Failed]], None]
+    folder: pathlib.Path
+    setup: Callable[[], Any] | None = None
 
 
 def import_beam() -> Any:
@@ -58,12 +66,22 @@ def import_beam() -> Any:
 def transform(stage: Stage) -> Any:
     """The stage as a PTransform from the start of a pipeline to one element, None, once everything is finished."""
     beam = import_beam()
+
+    class Work(beam.DoFn):
+        """Works on items by number, with what the worker has set up."""
+
+        def setup(self) -> None:
+            self.resource = stage.setup() if stage.setup else None
+
+        def process(self, index: int) -> Any:
+            yield index, _work(stage, index, self.resource)
+
     name = stage.name
     return (
         f"{name}: items" >> beam.Create(list(range(len(stage.items))))
         # Without it a runner may fuse all items into one bundle, on one worker.
         | f"{name}: spread" >> beam.Reshuffle()
-        | f"{name}: work" >> beam.Map(functools.partial(_work, stage))
+        | f"{name}: work" >> beam.ParDo(Work())
         | f"{name}: gather" >> beam.combiners.ToList()
         | f"{name}: finish" >> beam.Map(functools.partial(_finish, stage))
     )
@@ -78,31 +96,47 @@ def run(stage: Stage, options: Sequence[str] = ()) -> None:
 
     Raises:
       DataError: Beam is not installed.
-      StorageError: the pipeline ended with an error that is not one of the work's own.
+      StorageError: items failed, which are named; or the pipeline ended with an error of its own.
     """
     beam = import_beam()
     from apache_beam.options.pipeline_options import PipelineOptions
 
+    (stage.folder / _FAILURES).unlink(missing_ok=True)
     try:
         with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
             pipeline | transform(stage)
     except (RuntimeError, OSError, ValueError) as error:
         last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         raise StorageError(errno.EIO, f"the Beam pipeline ended with an error: {last[0]}") from error
+    _raise_failures(stage)
 
 
-def _work(stage: Stage, index: int) -> tuple[int, Any]:
+def _work(stage: Stage, index: int, resource: Any) -> Any:
     """The result of an item, or its failure as a value: Beam would wrap the exception beyond recognition."""
     try:
-        return index, stage.work(stage.items[index])
+        return stage.work(stage.items[index], resource)
     except (OSError, ValueError) as error:
-        return index, Failed(str(stage.items[index]), str(error))
+        return Failed(str(stage.items[index]), str(error))
 
 
 def _finish(stage: Stage, results: Sequence[tuple[int, Any]]) -> None:
     ordered = [result for _, result in sorted(results, key=lambda item: item[0])]
-    failures = [result for result in ordered if isinstance(result, Failed)]
-    if failures:
-        stage.report_failures(failures)
-    else:
+    failures = [result._asdict() for result in ordered if isinstance(result, Failed)]
+    if not failures:
         stage.finish(ordered)
+        return
+    content = json.dumps(failures).encode()
+    os.replace(atomic.write_temporary(stage.folder, _FAILURES, content), stage.folder / _FAILURES)
+
+
+def _raise_failures(stage: Stage) -> None:
+    path = stage.folder / _FAILURES
+    if not path.exists():
+        return
+    failures = json.loads(path.read_bytes())
+    path.unlink()
+    raise StorageError(
+        errno.EIO,
+        f"{stage.name}: {len(failures)} of {len(stage.items)} items failed, first {failures[0]['item']}: "
+        f"{failures[0]['message']}; the same command continues",
+    )

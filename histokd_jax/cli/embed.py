@@ -16,8 +16,10 @@ Exit code: 0 all slides embedded; 3 embedded, but some slides are in quarantine;
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import pathlib
+import shlex
 
 HELP = "embed tiles of slides with a patch encoder, straight into a data set"
 EXIT_QUARANTINE = 3
@@ -33,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="name of the data set; default: that of the folder DATASET")
     parser.add_argument("--mpp", type=float, help="micrometres per pixel of the tiles, where the files do not say")
     parser.add_argument("--any-mpp", action="store_true", help="accept tiles of a resolution the encoder does not know")
+    parser.add_argument("--beam", metavar="OPTIONS", help="run on Apache Beam, e.g. --beam='--runner=DirectRunner'")
     parser.add_argument("--overwrite", action="store_true", help="replace another data set in DATASET")
     parser.add_argument("--dry-run", action="store_true", help="only show what would be done")
     parser.add_argument("--store-dtype", choices=("float16", "float32"), default="float16", help="stored type")
@@ -178,8 +181,13 @@ def _embed(args: argparse.Namespace, loaded, plan, stain):
 
     if (done := run.existing(plan, args.out)) is not None:
         return done
-    compute = embedder.Compute(args.batch, args.dtype, args.attention, args.devices)
-    engine = embedder.Embedder(loaded, compute, stain)
+    if args.beam is not None:
+        from histokd_jax.embed.beam import embed_on_beam
+
+        options = {"threads": args.threads, "ahead": args.ahead, "overwrite": args.overwrite}
+        setup = functools.partial(set_up, args)
+        return embed_on_beam(plan, args.out, setup, options=shlex.split(args.beam), **options)
+    engine = embedder.Embedder(loaded, _compute(args), stain)
     total = sum(slide.facts.count for slide in plan.slides)
     with tqdm(total=total, unit="tile", unit_scale=True, disable=None) as bar:
         return run.run_embedding(
@@ -191,6 +199,19 @@ def _embed(args: argparse.Namespace, loaded, plan, stain):
             overwrite=args.overwrite,
             progress=bar.update,
         )
+
+
+def set_up(args: argparse.Namespace):
+    """The encoder on the devices of this process, as the arguments say; called once by every worker of a runner."""
+    from histokd_jax.embed import embedder
+
+    return embedder.Embedder(load_encoder(args), _compute(args), _stain(args))
+
+
+def _compute(args: argparse.Namespace):
+    from histokd_jax.embed import embedder
+
+    return embedder.Compute(args.batch, args.dtype, args.attention, args.devices)
 
 
 def _print_plan(plan) -> None:

@@ -88,30 +88,80 @@ def run_embedding(
       DataError: another process writes to `out`.
       StorageError: the disk is full or not writable.
     """
-    if (done := existing(plan, out)) is not None:
+    if (done := prepare(plan, out, overwrite=overwrite)) is not None:
         return done
-    if (out / MANIFEST_FILE).exists() and not overwrite:
-        raise DatasetExistsError(f"{out} holds another complete dataset; choose another folder or pass --overwrite")
     progress = progress or (lambda count: None)
     with planned_writer.work_folder(out) as work:
-        kept = {}
-        for index, members in enumerate(plan.shards):
-            if shard := planned_writer.read_written(out, index, plan.shard_key(index)):
-                kept[index] = shard
-                progress(sum(plan.slides[i].facts.count for i in members))
+        kept = kept_shards(plan, out)
+        progress(sum(plan.slides[i].facts.count for index in kept for i in plan.shards[index]))
         missing = [index for index in range(len(plan.shards)) if index not in kept]
-        bags = _Bags(plan, work, missing, embedder, threads, ahead, progress)
-        for index in missing:
-            found = (bags.next(i) for i in plan.shards[index])
-            kept[index] = planned_writer.write_shard(work, index, plan.shard_key(index), plan.facts, found)
-            bags.forget(plan.shards[index])
-        written = [kept[index] for index in range(len(plan.shards))]
-        rejected = tuple(sorted([*plan.rejected, *(item for shard in written for item in shard.rejected)]))
-        if not any(shard.n_records for shard in written):
-            raise NothingUsable(plan.root, rejected)
-        _complete(plan, out, written, rejected)
-    in_kept = sum(len(plan.shards[i]) for i in range(len(plan.shards)) if i not in missing)
-    return Outcome(Manifest.load(out), rejected, in_kept + bags.found)
+        found = sum(slide_file(plan, work, i).exists() for index in missing for i in plan.shards[index])
+        written = dict(kept)
+        for shard in write_shards(plan, work, missing, embedder, threads=threads, ahead=ahead, progress=progress):
+            written[shard.index] = shard
+        done = finish(plan, out, [written[index] for index in range(len(plan.shards))])
+    return dataclasses.replace(done, slides_kept=found + sum(len(plan.shards[index]) for index in kept))
+
+
+def prepare(plan: EmbedPlan, out: pathlib.Path, *, overwrite: bool = False) -> Outcome | None:
+    """What equal work did before, if it was finished; else None: there is something to do.
+
+    Raises:
+      DatasetExistsError: `out` holds another complete data set.
+    """
+    done = existing(plan, out)
+    if done is None and (out / MANIFEST_FILE).exists() and not overwrite:
+        raise DatasetExistsError(f"{out} holds another complete dataset; choose another folder or pass --overwrite")
+    return done
+
+
+def kept_shards(plan: EmbedPlan, out: pathlib.Path) -> dict[int, WrittenShard]:
+    """The shards that an interrupted attempt at the same plan had finished, by number."""
+    found = {i: planned_writer.read_written(out, i, plan.shard_key(i)) for i in range(len(plan.shards))}
+    return {index: shard for index, shard in found.items() if shard is not None}
+
+
+def write_shards(
+    plan: EmbedPlan,
+    work: pathlib.Path,
+    missing: Sequence[int],
+    embedder: Embedder,
+    *,
+    threads: int = 2,
+    ahead: int = 4,
+    progress: stream.Progress = lambda count: None,
+) -> Iterator[WrittenShard]:
+    """Embeds the slides of some shards, in order, and writes the shards; slides left by a kill are not done again.
+
+    Args:
+      plan: the work.
+      work: from `planned_writer.work_folder`.
+      missing: numbers of shards.
+      embedder, threads, ahead, progress: as `run_embedding`.
+    """
+    bags = _Bags(plan, work, missing, embedder, threads, ahead, progress)
+    for index in missing:
+        found = (bags.next(i) for i in plan.shards[index])
+        yield planned_writer.write_shard(work, index, plan.shard_key(index), plan.facts, found)
+        bags.forget(plan.shards[index])
+
+
+def finish(plan: EmbedPlan, out: pathlib.Path, written: Sequence[WrittenShard]) -> Outcome:
+    """Completes the data set out of all shards of a plan, in their order.
+
+    Raises:
+      NothingUsable: no slide could be read.
+    """
+    rejected = tuple(sorted([*plan.rejected, *(item for shard in written for item in shard.rejected)]))
+    if not any(shard.n_records for shard in written):
+        raise NothingUsable(plan.root, rejected)
+    _complete(plan, out, written, rejected)
+    return Outcome(Manifest.load(out), rejected)
+
+
+def slide_file(plan: EmbedPlan, work: pathlib.Path, index: int) -> pathlib.Path:
+    """Where the embeddings of a slide wait until its shard is written."""
+    return work / f"slide-{index:06d}-{plan.slide_key(index)[:32]}.npy"
 
 
 class _Bags:
@@ -130,7 +180,6 @@ class _Bags:
         self._plan, self._work, self._progress = plan, work, progress
         wanted = [i for index in missing for i in plan.shards[index]]
         self._finished = {i for i in wanted if self._file(i).exists()}
-        self.found = len(self._finished)
         jobs = [_job(plan, i) for i in wanted if i not in self._finished]
         self._new = stream.embed_jobs(jobs, embedder, threads=threads, ahead=ahead, progress=progress)
 
@@ -156,7 +205,7 @@ class _Bags:
             self._file(index).unlink(missing_ok=True)
 
     def _file(self, index: int) -> pathlib.Path:
-        return self._work / f"slide-{index:06d}-{self._plan.slide_key(index)[:32]}.npy"
+        return slide_file(self._plan, self._work, index)
 
     def _save(self, index: int, features: np.ndarray) -> None:
         content = io.BytesIO()

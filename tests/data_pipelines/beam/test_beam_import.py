@@ -101,10 +101,14 @@ def test_command_line(beam, source, whole, tmp_path, capsys):
     assert digests(tmp_path / "toy") == digests(tmp_path / "local" / "toy")
 
 
-def square(item):
+def square(item, resource):
     if item < 0:
         raise StorageError(28, f"no space for {item}")
-    return item * item
+    return item * item + resource
+
+
+def ten():
+    return 10
 
 
 def note(path, results):
@@ -112,20 +116,18 @@ def note(path, results):
 
 
 def stage_of(items, folder):
-    finish, failures = (functools.partial(note, folder / name) for name in ("done", "failed"))
-    return stage.Stage("toy", items, square, finish, failures)
+    return stage.Stage("toy", items, square, functools.partial(note, folder / "done"), folder, setup=ten)
 
 
 def test_results_arrive_in_the_order_of_the_items_and_failures_as_values(beam, tmp_path):
     stage.run(stage_of(list(range(40)), tmp_path))
-    assert (tmp_path / "done").read_text() == repr([i * i for i in range(40)])
+    assert (tmp_path / "done").read_text() == repr([i * i + 10 for i in range(40)])
     stage.run(stage_of([], tmp_path))
     assert (tmp_path / "done").read_text() == "[]"
     (tmp_path / "done").unlink()
-    stage.run(stage_of([1, -2, 3, -4], tmp_path))
-    assert not (tmp_path / "done").exists()
-    found = (tmp_path / "failed").read_text()
-    assert "no space for -2" in found and "no space for -4" in found
+    with pytest.raises(StorageError, match="toy: 2 of 4 items failed, first -2: no space for -2; the same command"):
+        stage.run(stage_of([1, -2, 3, -4], tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_failure_of_a_shard_is_named(beam, source, tmp_path, monkeypatch):
@@ -133,7 +135,9 @@ def test_failure_of_a_shard_is_named(beam, source, tmp_path, monkeypatch):
         raise StorageError(28, "writing shard failed: No space left on device; free some space")
 
     monkeypatch.setattr(run, "write_planned_shard", refuse)
-    with pytest.raises(StorageError, match="shards could not be written, first number 0: .*free some space"):
+    with pytest.raises(
+        StorageError, match="import: .* items failed, first 0: .*free some space; the same command continues"
+    ):
         importing.import_on_beam(make_plan(source), tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
 
