@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from data_pipelines import planned_writer
 from data_pipelines.beam import stage as beam_stage
+from data_pipelines.beam.planned import shard_stage
 from data_pipelines.beam.stage import Stage
 from data_pipelines.importers import run
 from data_pipelines.importers.plan import ImportPlan, NothingUsable
@@ -41,7 +42,8 @@ def import_on_beam(
         beam_stage.run(import_stage(plan, out, work, kept), options)
         done = run.prepare(plan, out, overwrite=True)
         if done is None:
-            raise NothingUsable(plan.root, [*plan.rejected, *_rejected(plan, out)])
+            shards = run.kept_shards(plan, out).values()
+            raise NothingUsable(plan.root, [*plan.rejected, *(item for shard in shards for item in shard.rejected)])
     return dataclasses.replace(done, already_complete=False, shards_kept=len(kept))
 
 
@@ -54,27 +56,9 @@ def import_stage(plan: ImportPlan, out: pathlib.Path, work: pathlib.Path, kept: 
       work: from `planned_writer.work_folder`, which stays open until the pipeline has ended.
       kept: finished shards, from `run.kept_shards`.
     """
-    return Stage(
-        name="import",
-        items=[index for index in range(len(plan.shards)) if index not in kept],
-        work=functools.partial(_write, plan, work),
-        finish=functools.partial(_complete, plan, out, dict(kept)),
-        folder=work,
-    )
+    write, complete = functools.partial(_write, plan, work), functools.partial(run.finish, plan, out)
+    return shard_stage("import", len(plan.shards), kept, work, write=write, complete=complete)
 
 
 def _write(plan: ImportPlan, work: pathlib.Path, index: int, resource: None) -> WrittenShard:
     return run.write_planned_shard(plan, work, index, lambda count: None)
-
-
-def _complete(
-    plan: ImportPlan, out: pathlib.Path, kept: Mapping[int, WrittenShard], results: Sequence[WrittenShard]
-) -> None:
-    written = {**kept, **{shard.index: shard for shard in results}}
-    if any(shard.n_records for shard in written.values()):
-        run.finish(plan, out, [written[index] for index in range(len(plan.shards))])
-
-
-def _rejected(plan: ImportPlan, out: pathlib.Path) -> list[planned_writer.Rejected]:
-    shards = run.kept_shards(plan, out).values()
-    return [item for shard in shards for item in shard.rejected]

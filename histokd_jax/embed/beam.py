@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from data_pipelines import planned_writer
 from data_pipelines.beam import stage as beam_stage
+from data_pipelines.beam.planned import shard_stage
 from data_pipelines.beam.stage import Stage
 from data_pipelines.planned_writer import WrittenShard
 from histokd_jax.embed import run
@@ -75,14 +76,9 @@ def embed_stage(
       work: from `planned_writer.work_folder`, which stays open until the pipeline has ended.
       kept: finished shards, from `run.kept_shards`.
     """
-    return Stage(
-        name="embed",
-        items=[index for index in range(len(plan.shards)) if index not in kept],
-        work=functools.partial(_write, plan, work, threads, ahead),
-        finish=functools.partial(_complete, plan, out, dict(kept)),
-        folder=work,
-        setup=setup,
-    )
+    write = functools.partial(_write, plan, work, threads, ahead)
+    complete = functools.partial(run.finish, plan, out)
+    return shard_stage("embed", len(plan.shards), kept, work, write=write, complete=complete, setup=setup)
 
 
 def _write(
@@ -90,11 +86,3 @@ def _write(
 ) -> WrittenShard:
     (shard,) = run.write_shards(plan, work, [index], embedder, threads=threads, ahead=ahead)
     return shard
-
-
-def _complete(
-    plan: EmbedPlan, out: pathlib.Path, kept: Mapping[int, WrittenShard], results: Sequence[WrittenShard]
-) -> None:
-    written = {**kept, **{shard.index: shard for shard in results}}
-    if any(shard.n_records for shard in written.values()):
-        run.finish(plan, out, [written[index] for index in range(len(plan.shards))])
