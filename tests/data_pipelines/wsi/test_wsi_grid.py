@@ -122,7 +122,7 @@ def test_sharpness_is_the_ratio_of_two_energies():
 
 def test_sharpness_falls_with_defocus_and_not_with_contrast():
     values = [focus.sharpness(tile(blur)) for blur in (0, 2, 4, 8)]
-    assert all(a > 2 * b for a, b in zip(values, values[1:]))
+    assert all(a > b for a, b in zip(values, values[1:])) and values[0] > 4 * values[2]
     assert focus.sharpness(tile(contrast=0.4)) == pytest.approx(values[0], rel=0.1)
     half = tile()
     half[:, 128:] = slides.glass(256, 128)
