@@ -86,8 +86,10 @@ def run_embedding(
       DatasetExistsError: `out` holds another complete data set.
       NothingUsable: no slide could be read.
       DataError: another process writes to `out`.
+      ValueError: the plan was made for another encoder or stain normalisation.
       StorageError: the disk is full or not writable.
     """
+    _check_engine(plan, embedder)
     if (done := existing(plan, out)) is not None:
         return done
     if (out / MANIFEST_FILE).exists() and not overwrite:
@@ -112,6 +114,14 @@ def run_embedding(
         _complete(plan, out, written, rejected)
     in_kept = sum(len(plan.shards[i]) for i in range(len(plan.shards)) if i not in missing)
     return Outcome(Manifest.load(out), rejected, in_kept + bags.found)
+
+
+def _check_engine(plan: EmbedPlan, embedder: Embedder) -> None:
+    """What is computed must be what the manifest says."""
+    recorded = plan.facts["encoder"]
+    stain = dict(embedder.stain.facts) if embedder.stain is not None else None
+    if (recorded["weights_sha256"], recorded["stain"]) != (embedder.sha256, stain):
+        raise ValueError("the plan was made for another encoder or stain normalisation: make it anew")
 
 
 class _Bags:
