@@ -162,7 +162,14 @@ def _plan(args: argparse.Namespace, loaded, stain):
         found,
         rejected,
         loaded,
-        options=plan.Options(args.name or args.out.resolve().name, args.mpp, args.any_mpp, args.store_dtype, args.seed),
+        options=plan.Options(
+            args.name or args.out.resolve().name,
+            args.mpp,
+            args.any_mpp,
+            args.store_dtype,
+            args.seed,
+            stain=None if stain is None else stain.facts,
+        ),
         rule=CaseRule(args.case_regex, args.cases, args.case_per_slide),
         compute=compute,
     )

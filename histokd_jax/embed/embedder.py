@@ -70,6 +70,7 @@ class Embedder:
       features: width of an embedding.
       batch: tiles per step.
       stain: the stain normalisation, or None.
+      sha256: of the weights.
 
     Raises:
       ValueError: a batch that the devices cannot divide, or an unknown dtype or attention.
@@ -78,7 +79,8 @@ class Embedder:
     def __init__(self, loaded: LoadedEncoder, compute: Compute, stain: Stain | None = None):
         self.mesh = sharding.make_mesh(compute.devices)
         _check(compute, self.mesh.shape[sharding.DATA])
-        self.features, self.batch, self.stain = loaded.encoder.features, compute.batch, stain
+        self.features, self.batch = loaded.encoder.features, compute.batch
+        self.stain, self.sha256 = stain, loaded.sha256
         self._tiles = NamedSharding(self.mesh, PartitionSpec(sharding.DATA))
         everywhere = sharding.replicated(self.mesh)
         self._run = jax.jit(

@@ -86,8 +86,10 @@ def run_embedding(
       DatasetExistsError: `out` holds another complete data set.
       NothingUsable: no slide could be read.
       DataError: another process writes to `out`.
+      ValueError: the plan was made for another encoder or stain normalisation.
       StorageError: the disk is full or not writable.
     """
+    _check_engine(plan, embedder)
     if (done := prepare(plan, out, overwrite=overwrite)) is not None:
         return done
     progress = progress or (lambda count: None)
@@ -138,7 +140,11 @@ def write_shards(
       work: from `planned_writer.work_folder`.
       missing: numbers of shards.
       embedder, threads, ahead, progress: as `run_embedding`.
+
+    Raises:
+      ValueError: the plan was made for another encoder or stain normalisation.
     """
+    _check_engine(plan, embedder)
     bags = _Bags(plan, work, missing, embedder, threads, ahead, progress)
     for index in missing:
         found = (bags.next(i) for i in plan.shards[index])
@@ -162,6 +168,14 @@ def finish(plan: EmbedPlan, out: pathlib.Path, written: Sequence[WrittenShard]) 
 def slide_file(plan: EmbedPlan, work: pathlib.Path, index: int) -> pathlib.Path:
     """Where the embeddings of a slide wait until its shard is written."""
     return work / f"slide-{index:06d}-{plan.slide_key(index)[:32]}.npy"
+
+
+def _check_engine(plan: EmbedPlan, embedder: Embedder) -> None:
+    """What is computed must be what the manifest says."""
+    recorded = plan.facts["encoder"]
+    stain = dict(embedder.stain.facts) if embedder.stain is not None else None
+    if (recorded["weights_sha256"], recorded["stain"]) != (embedder.sha256, stain):
+        raise ValueError("the plan was made for another encoder or stain normalisation: make it anew")
 
 
 class _Bags:

@@ -216,7 +216,7 @@ def _check_key(source: Source) -> None:
 
 def _check_grid(source: Source, grid: grids.TileGrid, slide: slides.SlideFile) -> None:
     """Refuses coordinates that were made for another slide."""
-    if _key(grid.slide_id) != source.slide_id:
+    if source.slide_id not in (_key(grid.slide_id), wsi.slide_id_of(grid.slide_id)):
         raise Unusable("coordinates of another slide", f"{source.coords.name} was made for {grid.slide_id!r}")
     recorded = (grid.level0_width, grid.level0_height)
     if None not in recorded and recorded != slide.dimensions:

@@ -24,6 +24,7 @@ from data_pipelines.reader import BagReader
 from data_pipelines.wsi.coords import read_coords, write_coords
 from data_pipelines.wsi.slide import open_slide, read_tile
 from histokd_jax.embed import plan, run, slides, transform
+from histokd_jax.embed.embedder import Compute, Embedder
 from histokd_jax.nn.encoders import build
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -390,6 +391,14 @@ def test_faulty_images_go_to_quarantine(tmp_path):
 
 
 # --- computation
+
+
+def test_a_plan_is_not_run_with_another_encoder_or_stain(folder, tmp_path):
+    stain = transform.Stain({"method": "none"}, fit=lambda tiles: 0, apply=lambda tiles, p: tiles)
+    for engine in (cohort.embedder(tiny_encoder(1)), Embedder(tiny_encoder(), Compute(8), stain)):
+        with pytest.raises(ValueError, match="made for another encoder or stain"):
+            run.run_embedding(make_plan(folder), tmp_path / "out", engine)
+    assert not (tmp_path / "out").exists()
 
 
 def test_batches_that_devices_cannot_divide_are_refused():

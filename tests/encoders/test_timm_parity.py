@@ -78,11 +78,9 @@ def test_images_of_another_size_equal_timms_dynamic_size(name, size):
 @pytest.mark.parametrize("blocks", [(1, 2, 1, 1), (2, 1, 1)])
 def test_resnets_equal_timm(blocks):
     timm = import_timm()
-    model = timm.models.resnet.ResNet(
-        timm.models.resnet.Bottleneck, (*blocks, 1)[:4], channels=[8, 16, 32, 64][:4], num_classes=0
-    )
+    model = timm.models.resnet.ResNet(timm.models.resnet.Bottleneck, (*blocks, 1)[:4], num_classes=0)
     model = randomised(model.eval())
-    spec = ResNetSpec(blocks, width=8)
+    spec = ResNetSpec(blocks)
     images = RNG.standard_normal((2, 64, 48, 3)).astype(np.float32)
     if len(blocks) < 4:
         import torch
