@@ -5,9 +5,12 @@ VENV ?= $(if $(filter command,$(firstword $(origin PYTHON))),.venv-$(TAG),.venv)
 BIN := $(VENV)/bin
 # The CPU build of PyTorch; another index or version can be given on the command line.
 TORCH ?= torch==2.13.0
+# timm imports torchvision. Both come without their dependencies, which would bring another build of PyTorch; what else
+# they need at import (numpy, pillow, pyyaml) is there already. The tests do without torchvision's compiled operators.
+TIMM ?= timm==1.0.31 torchvision
 JOBS ?= 2
 
-.PHONY: demo test test-torch lint bench-smoke install install-test clean
+.PHONY: demo test test-torch test-beam lint bench-smoke install install-test clean
 
 demo: install
 	$(BIN)/histokd demo --workdir runs/demo
@@ -29,6 +32,7 @@ $(VENV)/.installed-test: setup.py | $(BIN)/python
 
 $(VENV)/.installed-torch: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --no-deps $(TIMM)
 	touch $@
 
 test: install-test
@@ -36,6 +40,18 @@ test: install-test
 
 test-torch: $(VENV)/.installed-torch
 	$(BIN)/python -m pytest -m torch
+
+# Apache Beam limits protobuf and pyarrow, so that it gets an environment of its own.
+$(VENV)-beam/bin/python:
+	$(PYTHON) -m venv $(VENV)-beam
+	$(VENV)-beam/bin/python -m pip install --quiet --upgrade pip
+
+$(VENV)-beam/.installed: setup.py | $(VENV)-beam/bin/python
+	$(VENV)-beam/bin/python -m pip install --quiet -e '.[test,beam]'
+	touch $@
+
+test-beam: $(VENV)-beam/.installed
+	$(VENV)-beam/bin/python -m pytest tests/data_pipelines/beam tests/embed/test_beam_embedding.py
 
 lint: install-test
 	$(BIN)/ruff check .

@@ -1,9 +1,10 @@
 """Import speed: `run_import` against reading the source with h5py alone and writing the shards alone, in turn.
 
-`import` converts a folder as users do (one process or several, checksums included); `source` reads every array of the
-same files with h5py, with as many processes, and drops it; `write` writes the same bags from memory, one set of shards
-per process. MB are those of the source. Target: import >= 0.7 of the slower of the two. `reread` reads all bags of the
-converted data and `source` all files with h5py, one thread each. Target for TRIDENT's chunks of one row: 10 x.
+`import` converts a folder as users do (headers inspected, shards planned, checksums, one process or several); `source`
+reads every array of the same files with h5py, with as many processes, and drops it; `write` writes the same bags from
+memory, one set of shards per process. MB are those of the source. Target: import >= 0.7 of the slower of the two.
+`reread` reads all bags of the converted data and `source` all files with h5py, one thread each. Target for TRIDENT's
+chunks of one row: 10 x.
 Files are in the page cache, so this measures the software, not the disk.
 
     python -m benchmarks.bench_import [--smoke] [--out FILE]
@@ -74,13 +75,16 @@ def make_plan(folder: pathlib.Path, layout: str, config: dict[str, Any]) -> Any:
     )
 
 
-def import_rate(plan: Any, scratch: pathlib.Path, processes: int) -> Callable[[], float]:
-    """A function that imports into a new folder and returns MB of source features per second."""
+def import_rate(
+    folder: pathlib.Path, layout: str, config: dict[str, Any], scratch: pathlib.Path, processes: int
+) -> Callable[[], float]:
+    """A function that plans and runs an import into a new folder and returns MB of source features per second."""
     from data_pipelines.importers.run import run_import
 
     def run() -> float:
         shutil.rmtree(scratch, ignore_errors=True)
         began = time.perf_counter()
+        plan = make_plan(folder, layout, config)
         run_import(plan, scratch, workers=processes)
         return _megabytes(plan) / (time.perf_counter() - began)
 
@@ -181,11 +185,12 @@ def reread_rates(plan: Any, dataset: pathlib.Path) -> dict[str, Callable[[], flo
 
 def measure(folder: pathlib.Path, layout: str, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metrics and ratios of one layout."""
-    plan = make_plan(write_folder(folder / layout, layout, config), layout, config)
+    source = write_folder(folder / layout, layout, config)
+    plan = make_plan(source, layout, config)
     metrics, derived = {}, {}
     for count in config["processes"]:
         sides = {
-            "import": import_rate(plan, folder / "out", count),
+            "import": import_rate(source, layout, config, folder / "out", count),
             "source": source_rate(plan, count),
             "write": write_rate(plan, folder / "shards", count),
         }

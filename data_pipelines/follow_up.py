@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from data_pipelines.errors import DataError
-from data_pipelines.text_table import BLANK, check_case_ids, read_header, read_text_table
+from data_pipelines.text_table import check_case_ids, is_blank, read_header, read_text_table
 
 
 class Survival(NamedTuple):
@@ -82,19 +82,39 @@ def read_survival(path: str | os.PathLike, columns: FollowUpColumns | None = Non
       DataError: missing columns, bad cells or conflicting rows; names file, line and field.
     """
     header = read_header(path)
-    columns, flipped = _follow_up_columns(header, columns)
-    wanted = dict.fromkeys(("case_id", *columns))
+    (time, status), flipped = _follow_up_columns(header, columns)
+    wanted = dict.fromkeys(("case_id", time, status))
     wanted |= dict.fromkeys(name for name in ("slide_id", "event", "censorship") if name in header)
     table = read_text_table(path, tuple(wanted))
     check_case_ids(table["case_id"], path)
     _check_status(table, path)
+    return survival_of(table, time, status, flipped, path)
+
+
+def survival_of(
+    table: pd.DataFrame, time: str, status: str, flipped: bool, path: str | os.PathLike, *, first_line: int = 2
+) -> SurvivalTable:
+    """Follow-up from the text cells of a table with the column case_id; rows of a case must agree.
+
+    Args:
+      table: cells as text.
+      time: column of months.
+      status: column of 0 and 1.
+      flipped: 1 = censored instead of 1 = event.
+      path: for messages.
+      first_line: line of the first row in the file, for messages.
+
+    Raises:
+      DataError: bad cells or conflicting rows.
+    """
+    columns = (time, status)
     known: dict[str, tuple[float, bool]] = {}
-    for row, cells in enumerate(table[["case_id", *columns]].itertuples(index=False, name=None)):
-        entry = _parse_survival(cells[1:], columns, flipped, f"{path}, line {row + 2}")
+    for row, cells in enumerate(table[["case_id", *columns]].itertuples(index=False, name=None), first_line):
+        entry = _parse_survival(cells[1:], columns, flipped, f"{path}, line {row}")
         first = known.setdefault(cells[0], entry)
         if first != entry and not (np.isnan(first[0]) and np.isnan(entry[0])):
             raise DataError(
-                f"{path}, line {row + 2}: case {cells[0]!r} has (months, event) {entry} here but {first} earlier; "
+                f"{path}, line {row}: case {cells[0]!r} has (months, event) {entry} here but {first} earlier; "
                 f"a case needs one follow-up"
             )
     times, events = zip(*known.values()) if known else ((), ())
@@ -132,7 +152,7 @@ def _check_status(table: pd.DataFrame, path: str | os.PathLike) -> None:
 
 
 def _parse_survival(cells: Sequence[str], columns: Sequence[str], flipped: bool, where: str) -> tuple[float, bool]:
-    if any(cell.casefold() in BLANK for cell in cells):
+    if any(map(is_blank, cells)):
         return np.nan, False
     numbers = pd.to_numeric(pd.Series(cells), errors="coerce").to_numpy(np.float64)
     months, status = numbers

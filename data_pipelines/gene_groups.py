@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
+from data_pipelines import tables, text_table
 from data_pipelines.errors import DataError
 from data_pipelines.genes import GeneTable
 from data_pipelines.group_tests import benjamini_hochberg, smallest, welch
@@ -122,13 +122,13 @@ def read_groups(path: str | os.PathLike) -> dict[str, tuple[str, ...]]:
     Raises:
       DataError: no column, or a family without genes.
     """
-    table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    table = text_table.read_text_table(path)
     groups = {}
     for name in table.columns:
-        symbols = tuple(dict.fromkeys(text.strip() for text in table[name] if text.strip()))
+        symbols = tuple(dict.fromkeys(text for text in table[name] if text))
         if not symbols:
             raise DataError(f"{path}, column {name!r}: the family names no gene; remove the column or fill it")
-        groups[str(name).strip()] = symbols
+        groups[name] = symbols
     if not groups:
         raise DataError(f"{path}: no gene family; expected one column of symbols per family")
     return groups
@@ -138,7 +138,8 @@ def read_molecular_table(path: str | os.PathLike, *, metadata: str = "by_name") 
     """All molecular columns of an MCAT table, of every kind, under their full names (`TP53_rnaseq`).
 
     Args:
-      path: CSV, plain or zipped, with `case_id`; one row per slide, of which the first of a case counts.
+      path: CSV, plain or zipped, with `case_id`; one row per slide, of which the first of a case counts. Or an .npz,
+        of which every column is molecular.
       metadata: "by_name" takes the columns `*_mut`, `*_cnv`, `*_rnaseq`; "positional" is the off-by-one of the authors'
         code (D1): the last molecular column is lost and the metadata column before the first one (`train`, or
         `censorship` where there is no `train`) counts as a feature.
@@ -150,28 +151,21 @@ def read_molecular_table(path: str | os.PathLike, *, metadata: str = "by_name") 
       DataError: an unknown option, no `case_id`, no molecular column, or a cell that is no number.
     """
     _check_choice("data.metadata", metadata, METADATA)
-    table = pd.read_csv(path, encoding="utf-8-sig", low_memory=False, dtype={"case_id": str})
-    if "case_id" not in table.columns:
-        raise DataError(f"{path}: no column 'case_id'; the file has {list(table.columns)[:12]}")
-    columns = [name for name in table.columns if name.endswith(SUFFIXES)]
+    if str(path).endswith(".npz"):
+        if metadata == "positional":
+            raise DataError(f"{path}: data.metadata='positional' repeats a fault of reading the authors' CSV: give it")
+        return tables.read_gene_npz(path)
+    return tables.read_numeric_table(path, lambda names: _molecular_columns(names, metadata, path))
+
+
+def _molecular_columns(names: list[str], metadata: str, path: str | os.PathLike) -> list[str]:
+    columns = [name for name in names if name.endswith(SUFFIXES)]
     if not columns:
-        raise DataError(f"{path}: no column ends in one of {SUFFIXES}; the file has {list(table.columns)[:12]}")
+        raise DataError(f"{path}: no column ends in one of {SUFFIXES}; the file has {names[:12]}")
     if metadata == "positional":
-        first = list(table.columns).index(columns[0])
-        columns = list(table.columns)[first - 1 : -1]
-    first_rows = table[~table["case_id"].duplicated()]
-    values = first_rows[columns].apply(pd.to_numeric, errors="coerce")
-    bad = np.argwhere((values.isna() & first_rows[columns].notna()).to_numpy() | np.isinf(values.to_numpy(np.float64)))
-    if len(bad):
-        row, column = bad[0]
-        where = f"case {first_rows['case_id'].iloc[row]!r}, column {columns[column]!r}"
-        raise DataError(f"{path}: {where}: {first_rows[columns[column]].iloc[row]!r} is no finite number")
-    return GeneTable(
-        case_id=tuple(first_rows["case_id"].str.strip()),
-        names=tuple(columns),
-        values=values.to_numpy(np.float32),
-        n_duplicate_rows=len(table) - len(first_rows),
-    )
+        first = names.index(columns[0])
+        columns = names[first - 1 : -1]
+    return columns
 
 
 def match_groups(names: Sequence[str], groups: Groups, suffixes: Sequence[str] = SUFFIXES) -> dict[str, list[int]]:

@@ -28,6 +28,7 @@ class GeneTable:
       values: [n, G] float32, may hold NaN for missing measurements, never Inf.
       has_genes: [n] bool, False for a case without any measurement (its values are 0); all True when not given.
       n_duplicate_rows: later rows of an already seen case that a reader left out (the first row counts).
+      n_conflicting_rows: those of them that differ from the first.
     """
 
     case_id: tuple[str, ...]
@@ -35,6 +36,7 @@ class GeneTable:
     values: np.ndarray
     has_genes: np.ndarray | None = None
     n_duplicate_rows: int = 0
+    n_conflicting_rows: int = 0
 
     def __post_init__(self):
         expected = (len(self.case_id), len(self.names))

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import pathlib
+import secrets
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -139,8 +140,8 @@ def write_shard(
     Raises:
       StorageError: if the disk is full or not writable.
     """
-    # The name holds the process: a worker orphaned by a kill may still be writing the same shard.
-    temporary = atomic.temporary(work, f"{_name(index)}-{os.getpid()}")
+    # A name of its own: a worker orphaned by a kill, or a repetition on another host, may be writing the same shard.
+    temporary = atomic.temporary(work, f"{_name(index)}-{os.getpid()}-{secrets.token_hex(4)}")
     slides, slide_facts, rejected, n_records = [], [], [], 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(atomic.storage_errors(work))
@@ -240,5 +241,5 @@ def _name(index: int) -> str:
 def _describe(work: pathlib.Path, shard: WrittenShard) -> None:
     name = f"{_name(shard.index)}.json"
     content = json.dumps(dataclasses.asdict(shard), allow_nan=False).encode()
-    os.replace(atomic.write_temporary(work, f"{name}-{os.getpid()}", content), work / name)
+    os.replace(atomic.write_temporary(work, f"{name}-{secrets.token_hex(8)}", content), work / name)
     atomic.sync(work)

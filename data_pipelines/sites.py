@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from data_pipelines import splits
+from data_pipelines import splits, tcga
 from data_pipelines.cohort import Cohort
 from data_pipelines.errors import DataError
 from data_pipelines.splits import Split
 
-_BARCODE = re.compile(r"TCGA-([A-Z0-9]{2})-[A-Z0-9]{4}(?![A-Za-z0-9])")
 _TRIALS = 200
 
 
@@ -21,8 +19,8 @@ def tissue_source_site(identifier: str) -> str | None:
 
     Tables lose the leading zero of this code, so it is read from the barcode and not from a column `site`.
     """
-    match = _BARCODE.match(identifier)
-    return match[1] if match else None
+    found = tcga.parse(identifier)
+    return found and found.site
 
 
 def sites_of(case_ids: Sequence[str]) -> dict[str, str]:

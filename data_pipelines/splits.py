@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from data_pipelines import atomic
+from data_pipelines import atomic, text_table
 from data_pipelines.cohort import Cohort, slide_stem
 from data_pipelines.errors import DataError
 from data_pipelines.samples import SEPARATOR
@@ -355,7 +355,7 @@ def _with_inner_validation(
 
 def _read_parts(file: pathlib.Path, cohort: Cohort) -> tuple[dict[str, np.ndarray], list[str]]:
     """(part -> sorted rows, ids unknown to the cohort) of one file."""
-    table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    table = text_table.read_text_table(file)
     present = [part for part in PARTS if part in table.columns]
     if not {"train", "val"} <= set(present):
         raise DataError(f"{file}: columns {list(table.columns)}; expected train, val and optionally test")
@@ -364,7 +364,7 @@ def _read_parts(file: pathlib.Path, cohort: Cohort) -> tuple[dict[str, np.ndarra
     parts, missing = {}, []
     for part in present:
         rows: list[int] = []
-        for line, item in enumerate(table[part].str.strip()):
+        for line, item in enumerate(table[part]):
             if not item:
                 continue
             if item in part_of:

@@ -6,7 +6,7 @@ import dataclasses
 import io
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -18,8 +18,10 @@ from data_pipelines.genes import GeneTable
 from data_pipelines.text_table import BLANK, check_case_ids
 
 __all__ = ["FollowUpColumns", "LabelTable", "Survival", "SurvivalTable", "read_gene_table", "read_labels"]
-__all__ += ["read_ranking_table", "read_survival", "write_gene_table"]
+__all__ += ["read_gene_npz", "read_numeric_table", "read_ranking_table", "read_survival", "write_gene_table"]
 
+KINDS = ("_rnaseq", "_cnv", "_mut")
+"""Suffixes of molecular columns: expression, copy number, mutation."""
 HER2_POLICIES = ("drop", "negative", "fish_resolved")
 UNAVAILABLE, EQUIVOCAL = "label not available", "label equivocal"
 _POSITIVE, _NEGATIVE = {"positive", "pos", "+"}, {"negative", "neg", "-"}
@@ -155,12 +157,12 @@ def _class_names(seen: set[int], label_map: Mapping[str, int] | None, textual: b
 def read_gene_table(path: str | os.PathLike, *, suffix: str | None = None) -> GeneTable:
     """Expression from genes.npz, from a CSV (case_id + one column per gene), or from an MCAT / PORPOISE table.
 
-    In a CSV with columns `*_rnaseq` those are the genes (read by name, suffix removed); otherwise every column but
+    If there are columns `*_rnaseq`, those are the genes (read by name, suffix removed); otherwise every column but
     case_id and unnamed index columns. Of several rows of a case the first is kept and the others are counted.
 
     Args:
       path: .npz with case_id, gene, values; or CSV, plain, zipped or gzipped.
-      suffix: take the columns with this suffix instead, e.g. "_cnv".
+      suffix: take the columns with this suffix instead, e.g. "_cnv"; an .npz without any kind of suffix is taken whole.
 
     Returns:
       The table; empty cells are NaN.
@@ -169,30 +171,82 @@ def read_gene_table(path: str | os.PathLike, *, suffix: str | None = None) -> Ge
       DataError: missing or non-numeric fields; names file, line and column.
     """
     if str(path).endswith(".npz"):
-        with np.load(path, allow_pickle=False) as stored:
-            absent = {"case_id", "gene", "values"} - set(stored.files)
-            if absent:
-                raise DataError(f"{path}: no field {sorted(absent)}; expected case_id, gene, values")
-            case_id, gene = ([str(item) for item in stored[name]] for name in ("case_id", "gene"))
-            return GeneTable(tuple(case_id), tuple(gene), stored["values"].astype(np.float32))
+        return _of_kind(read_gene_npz(path), suffix, path)
+    table = read_numeric_table(path, lambda names: _gene_columns(names, suffix, path))
+    suffix = suffix or ("_rnaseq" if table.names[0].endswith("_rnaseq") else "")
+    return dataclasses.replace(table, names=tuple(name.removesuffix(suffix) for name in table.names))
+
+
+def read_gene_npz(path: str | os.PathLike) -> GeneTable:
+    """All columns of an .npz that `write_gene_table` wrote, under their full names.
+
+    Raises:
+      DataError: a missing field.
+    """
+    with np.load(path, allow_pickle=False) as stored:
+        absent = {"case_id", "gene", "values"} - set(stored.files)
+        if absent:
+            raise DataError(f"{path}: no field {sorted(absent)}; expected case_id, gene, values")
+        case_id, gene = ([str(item) for item in stored[name]] for name in ("case_id", "gene"))
+        return GeneTable(tuple(case_id), tuple(gene), stored["values"].astype(np.float32))
+
+
+def _of_kind(table: GeneTable, suffix: str | None, path: str | os.PathLike) -> GeneTable:
+    """The columns of one kind without their suffix; the whole table if its names have no suffix of a kind.
+
+    A case without any value of the kind has none measured, and is left out.
+    """
+    if not any(name.endswith(KINDS) for name in table.names):
+        return table
+    names = _gene_columns(list(table.names), suffix, path)
+    columns = [column for column, name in enumerate(table.names) if name in set(names)]
+    values = table.values[:, columns]
+    known = ~np.isnan(values).all(axis=1)
+    end = suffix or ("_rnaseq" if names[0].endswith("_rnaseq") else "")
+    return GeneTable(
+        case_id=tuple(case for case, has in zip(table.case_id, known) if has),
+        names=tuple(table.names[column].removesuffix(end) for column in columns),
+        values=values[known],
+    )
+
+
+def read_numeric_table(
+    path: str | os.PathLike, choose: Callable[[list[str]], list[str]], *, case_column: str = "case_id"
+) -> GeneTable:
+    """Numeric columns of a table with case_id, by name; of several rows of a case the first is kept.
+
+    Args:
+      path: CSV with commas, semicolons or tabs, plain, zipped or gzipped.
+      choose: picks columns among the names of the file, and raises if there are none.
+      case_column: name of the column of case ids in the file; "" for a column without a name.
+
+    Returns:
+      The table under the full names; empty cells are NaN, and `n_conflicting_rows` counts later rows that differ.
+
+    Raises:
+      DataError: no case_id, an empty one, a doubled column, or a cell that is no finite number.
+    """
     header = text_table.read_header(path)
-    text_table.require_columns(header, ("case_id",), path)
+    text_table.require_columns(header, (case_column,), path)
+    at = header.index(case_column)
     separator = text_table.separator_of(path)
-    table = pd.read_csv(path, sep=separator, encoding="utf-8-sig", low_memory=False, dtype={"case_id": str})
-    table.columns = table.columns.str.strip()
-    table["case_id"] = table["case_id"].str.strip()
+    table = pd.read_csv(path, sep=separator, encoding="utf-8-sig", low_memory=False, converters={at: str.strip})
+    table.columns = [name if i != at else "case_id" for i, name in enumerate(table.columns.str.strip())]
     check_case_ids(table["case_id"], path)
-    columns = _gene_columns(list(table.columns), suffix, path)
+    columns = choose(list(table.columns))
     # pandas renames a doubled column X to X.1; the file's own header shows it.
     text_table.require_columns(header, [name for name in columns if name in header], path)
     values = np.column_stack([_numeric(table[name], path) for name in columns])
-    keep = ~table["case_id"].duplicated().to_numpy()
-    suffix = suffix or ("_rnaseq" if columns[0].endswith("_rnaseq") else "")
+    first_row: dict[str, int] = {}
+    first = np.array([first_row.setdefault(case, row) for row, case in enumerate(table["case_id"])])
+    keep = first == np.arange(len(first))
+    same = (values == values[first]) | (np.isnan(values) & np.isnan(values[first]))
     return GeneTable(
         case_id=tuple(table["case_id"][keep]),
-        names=tuple(name.removesuffix(suffix) for name in columns),
+        names=tuple(columns),
         values=values[keep],
         n_duplicate_rows=int((~keep).sum()),
+        n_conflicting_rows=int((~same.all(axis=1)).sum()),
     )
 
 
@@ -201,7 +255,7 @@ def _gene_columns(columns: list[str], suffix: str | None, path: str | os.PathLik
     if not found and suffix is None and not _NOT_GENES & (set(columns) - {"case_id"}):
         found = [name for name in columns if name != "case_id" and name and not name.startswith("Unnamed:")]
     if not found:
-        others = {end: sum(name.endswith(end) for name in columns) for end in ("_rnaseq", "_cnv", "_mut")}
+        others = {end: sum(name.endswith(end) for name in columns) for end in KINDS}
         raise DataError(
             f"{path}: no gene column {'*' + (suffix or '_rnaseq')!r} among {text_table.listed(columns)}; by suffix "
             f"there are {others}: pass suffix= to read another kind"
@@ -230,6 +284,13 @@ def write_gene_table(table: GeneTable, path: str | os.PathLike) -> None:
     path = pathlib.Path(path)
     if path.suffix != ".npz":
         raise DataError(f"{path}: a gene table is written as .npz")
+    with atomic.storage_errors(path):
+        os.replace(atomic.write_temporary(path.parent, path.name, gene_table_bytes(table)), path)
+        atomic.sync(path.parent)
+
+
+def gene_table_bytes(table: GeneTable) -> bytes:
+    """Content of the .npz that `write_gene_table` writes; equal tables give equal bytes."""
     keep = np.flatnonzero(table.has_genes)
     content = io.BytesIO()
     np.savez(
@@ -238,9 +299,7 @@ def write_gene_table(table: GeneTable, path: str | os.PathLike) -> None:
         gene=np.array(table.names, np.str_),
         values=table.values[keep],
     )
-    with atomic.storage_errors(path):
-        os.replace(atomic.write_temporary(path.parent, path.name, content.getvalue()), path)
-        atomic.sync(path.parent)
+    return content.getvalue()
 
 
 def read_ranking_table(path: str | os.PathLike) -> dict[str, float]:

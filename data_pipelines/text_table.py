@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 
@@ -12,6 +15,11 @@ from data_pipelines.errors import DataError
 
 BLANK = {"", "na", "n/a", "nan", "not available", "not evaluated"}
 _SEPARATORS = (",", ";", "\t")
+
+
+def is_blank(cell: str) -> bool:
+    """Whether a cell says that there is no value, in one of the usual spellings."""
+    return cell.strip("[]").casefold() in BLANK
 
 
 def listed(names: Sequence[str]) -> str:
@@ -47,7 +55,7 @@ def require_columns(found: Sequence[str], columns: Sequence[str], path: str | os
             )
 
 
-def read_text_table(path: str | os.PathLike, columns: Sequence[str] = ()) -> pd.DataFrame:
+def read_text_table(path: str | os.PathLike, columns: Sequence[str] = (), *, skip: int = 0) -> pd.DataFrame:
     """A table with every cell as stripped text.
 
     Commas, semicolons or tabs separate the cells, whichever occurs most in the header; a byte order mark is ignored.
@@ -55,6 +63,7 @@ def read_text_table(path: str | os.PathLike, columns: Sequence[str] = ()) -> pd.
     Args:
       path: the file, plain or compressed.
       columns: take these columns, which must exist once; default: all, none of which may have the name of another.
+      skip: lines before the header.
 
     Returns:
       The table; columns without a name are left out.
@@ -62,7 +71,7 @@ def read_text_table(path: str | os.PathLike, columns: Sequence[str] = ()) -> pd.
     Raises:
       DataError: not UTF-8, no header, a row with more cells than the header, a missing or doubled column.
     """
-    raw = _read(path, separator_of(path))
+    raw = _read(path, separator_of(path, skip=skip), skiprows=skip)
     names = [str(name).strip() for name in raw.iloc[0]]
     named = [i for i, name in enumerate(names) if name and not name.startswith("Unnamed:")]
     body = raw.iloc[1:].reset_index(drop=True)
@@ -73,18 +82,28 @@ def read_text_table(path: str | os.PathLike, columns: Sequence[str] = ()) -> pd.
     return table.apply(lambda column: column.str.strip())
 
 
-def read_header(path: str | os.PathLike) -> list[str]:
+def read_header(path: str | os.PathLike, *, skip: int = 0) -> list[str]:
     """The names of the columns, stripped, as they are in the file.
 
     Raises:
       DataError: not UTF-8, or empty.
     """
-    return [str(name).strip() for name in _read(path, separator_of(path), nrows=1).iloc[0]]
+    return [str(name).strip() for name in _read(path, separator_of(path, skip=skip), nrows=1, skiprows=skip).iloc[0]]
 
 
-def separator_of(path: str | os.PathLike) -> str:
+def read_rows(path: str | os.PathLike, count: int, skip: int = 0) -> pd.DataFrame:
+    """The first rows below the header as text, by position.
+
+    Raises:
+      DataError: not UTF-8, or empty.
+    """
+    separator = separator_of(path, skip=skip)
+    return _read(path, separator, nrows=count + 1, skiprows=skip).iloc[1:].reset_index(drop=True)
+
+
+def separator_of(path: str | os.PathLike, *, skip: int = 0) -> str:
     """What separates the cells: a comma, a semicolon or a tab, whichever occurs most in the header."""
-    first = str(_read(path, "\0", nrows=1).iloc[0, 0])
+    first = str(_read(path, "\0", nrows=1, skiprows=skip).iloc[0, 0])
     return max(_SEPARATORS, key=first.count)
 
 
@@ -100,3 +119,7 @@ def _read(path: str | os.PathLike, separator: str, **options) -> pd.DataFrame:
         raise DataError(f"{path}: the file is empty; expected a table with a header") from error
     except pd.errors.ParserError as error:
         raise DataError(f"{path}: rows differ in their number of cells ({str(error).strip()})") from error
+    except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: a damaged archive ({error}); restore the file from a copy") from error
+    except ValueError as error:
+        raise DataError(f"{path}: cannot be read as a table ({error})") from error

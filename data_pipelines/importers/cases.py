@@ -8,12 +8,11 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from data_pipelines import text_table
+from data_pipelines import tcga, text_table
 from data_pipelines.bag import check_key
 from data_pipelines.errors import BagError, DataError
 from data_pipelines.importers.sources import slide_id_of
 
-_BARCODE = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Za-z0-9])")
 _SLIDE_COLUMNS = ("slide_id", "FILENAME", "filename", "slide")
 _CASE_COLUMNS = ("case_id", "PATIENT", "pat_id", "patient_id", "patient")
 _MPP_COLUMN = "level0_mpp"
@@ -76,7 +75,7 @@ def assign(slide_ids: Sequence[str], rule: CaseRule) -> Assigned:
         return Assigned({slide: slide for slide in slide_ids}, {}, rule="every slide is a case of its own")
     if rule.regex:
         return Assigned(_by_regex(slide_ids, rule.regex), {}, rule=f"regular expression {rule.regex!r}")
-    other = [slide for slide in slide_ids if not _BARCODE.match(slide)]
+    other = [slide for slide in slide_ids if tcga.patient_of(slide) is None]
     if other:
         raise DataError(
             f"{len(other)} of {len(slide_ids)} slide ids are no TCGA barcodes ({text_table.listed(other[:3])}), so "

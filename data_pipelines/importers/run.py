@@ -15,7 +15,7 @@ import pathlib
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -73,26 +73,59 @@ def run_import(
       DataError: no slide could be read, or another process writes to `out`.
       StorageError: the disk is full or not writable.
     """
-    done = _existing(plan, out)
-    if done is not None:
+    if (done := prepare(plan, out, overwrite=overwrite)) is not None:
         return done
-    if (out / MANIFEST_FILE).exists() and not overwrite:
-        raise DatasetExistsError(f"{out} holds another complete dataset; choose another folder or pass --overwrite")
     progress = progress or (lambda count: None)
     with planned_writer.work_folder(out) as work:
-        kept = {}
-        for index in range(len(plan.shards)):
-            if shard := planned_writer.read_written(out, index, plan.key(index)):
-                kept[index] = shard
-                progress(len(plan.shards[index]))
+        kept = kept_shards(plan, out)
+        for index in kept:
+            progress(len(plan.shards[index]))
         missing = [index for index in range(len(plan.shards)) if index not in kept]
         written = kept | {shard.index: shard for shard in _write(plan, work, missing, workers, progress)}
-        done = [written[index] for index in range(len(plan.shards))]
-        rejected = tuple(sorted([*plan.rejected, *(item for shard in done for item in shard.rejected)]))
-        if not any(shard.n_records for shard in done):
-            raise NothingUsable(plan.root, rejected)
-        _complete(plan, out, done, rejected)
-    return Outcome(Manifest.load(out), rejected, len(kept))
+        return finish(plan, out, [written[index] for index in range(len(plan.shards))], len(kept))
+
+
+def prepare(plan: ImportPlan, out: pathlib.Path, *, overwrite: bool = False) -> Outcome | None:
+    """What an earlier, equal import did, if it was finished; else None: there is something to do.
+
+    Raises:
+      DatasetExistsError: `out` holds another complete dataset.
+    """
+    done = _existing(plan, out)
+    if done is None and (out / MANIFEST_FILE).exists() and not overwrite:
+        raise DatasetExistsError(f"{out} holds another complete dataset; choose another folder or pass --overwrite")
+    return done
+
+
+def kept_shards(plan: ImportPlan, out: pathlib.Path) -> dict[int, WrittenShard]:
+    """The shards that an interrupted attempt at the same plan had finished, by number."""
+    found = {index: planned_writer.read_written(out, index, plan.key(index)) for index in range(len(plan.shards))}
+    return {index: shard for index, shard in found.items() if shard is not None}
+
+
+def write_planned_shard(plan: ImportPlan, work: pathlib.Path, index: int, progress: Progress) -> WrittenShard:
+    """Reads the slides of one shard and writes it; a function of plan and number, wherever it runs.
+
+    Args:
+      plan: the import.
+      work: from `planned_writer.work_folder`.
+      index: number of the shard.
+      progress: called with 1 after every slide.
+    """
+    return planned_writer.write_shard(work, index, plan.key(index), plan.facts, _bags(plan, index, progress))
+
+
+def finish(plan: ImportPlan, out: pathlib.Path, written: Sequence[WrittenShard], kept: int = 0) -> Outcome:
+    """Completes the dataset out of all shards of a plan, in their order.
+
+    Raises:
+      NothingUsable: no slide could be read.
+    """
+    rejected = tuple(sorted([*plan.rejected, *(item for shard in written for item in shard.rejected)]))
+    if not any(shard.n_records for shard in written):
+        raise NothingUsable(plan.root, rejected)
+    _complete(plan, out, written, rejected)
+    return Outcome(Manifest.load(out), rejected, kept)
 
 
 def write_quarantine(out: pathlib.Path, rejected: Sequence[Rejected]) -> None:
@@ -150,28 +183,27 @@ def _csv(header: Sequence[str], rows: Any) -> bytes:
 def _write(
     plan: ImportPlan, work: pathlib.Path, missing: Sequence[int], workers: int, progress: Progress
 ) -> Iterator[WrittenShard]:
-    keys = {index: plan.key(index) for index in missing}
     if workers <= 1 or len(missing) <= 1:
         for index in missing:
-            yield planned_writer.write_shard(work, index, keys[index], plan.facts, _bags(plan, index, progress))
+            yield write_planned_shard(plan, work, index, progress)
         return
-    yield from _write_in_processes(plan, work, keys, min(workers, len(missing)), progress)
+    yield from _write_in_processes(plan, work, missing, min(workers, len(missing)), progress)
 
 
 def _write_in_processes(
-    plan: ImportPlan, work: pathlib.Path, keys: Mapping[int, str], workers: int, progress: Progress
+    plan: ImportPlan, work: pathlib.Path, missing: Sequence[int], workers: int, progress: Progress
 ) -> Iterator[WrittenShard]:
     # Fresh processes: h5py reads one file at a time within a process, and forking one with threads is unsafe.
     context = multiprocessing.get_context("spawn")
     tasks, results = context.SimpleQueue(), context.Queue()
-    arguments = (plan, work, keys, tasks, results, os.getpid())
+    arguments = (plan, work, tasks, results, os.getpid())
     processes = [context.Process(target=_worker, args=arguments, daemon=True) for _ in range(workers)]
     try:
         for process in processes:
             process.start()
-        for index in [*keys, *[None] * workers]:
+        for index in [*missing, *[None] * workers]:
             tasks.put(index)
-        for _ in keys:
+        for _ in missing:
             yield _next_shard(results, processes, progress)
     finally:
         for process in processes:
@@ -196,14 +228,11 @@ def _next_shard(results: Any, processes: Sequence[Any], progress: Progress) -> W
         progress(item)
 
 
-def _worker(
-    plan: ImportPlan, work: pathlib.Path, keys: Mapping[int, str], tasks: Any, results: Any, parent: int
-) -> None:
+def _worker(plan: ImportPlan, work: pathlib.Path, tasks: Any, results: Any, parent: int) -> None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     while (index := tasks.get()) is not None:
         try:
-            bags = _bags(plan, index, results.put)
-            results.put(planned_writer.write_shard(work, index, keys[index], plan.facts, bags))
+            results.put(write_planned_shard(plan, work, index, results.put))
         except Exception as error:
             results.put(error if isinstance(error, (OSError, ValueError)) else RuntimeError(repr(error)))
             return

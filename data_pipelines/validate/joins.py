@@ -23,7 +23,7 @@ def read_ids(path: str | os.PathLike) -> pd.DataFrame:
       DataError: unreadable, or no case_id.
     """
     if str(path).endswith(".npz"):
-        return pd.DataFrame({"case_id": list(tables.read_gene_table(path).case_id)})
+        return pd.DataFrame({"case_id": list(tables.read_gene_npz(path).case_id)})
     table = text_table.read_header(path)
     wanted = [name for name in ("case_id", "slide_id", "site") if name in table]
     return text_table.read_text_table(path, ["case_id", *(name for name in wanted if name != "case_id")])

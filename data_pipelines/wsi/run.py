@@ -85,18 +85,51 @@ def run_tiling(
       DataError: another process writes there, or a library is missing.
       StorageError: the disk is full or not writable, or a worker died.
     """
-    import_openslide()
-    import_h5py()
-    folder, progress = options.folder(job), progress or (lambda count: None)
-    with _locked(folder) as work:
-        _check_options(folder, work, options, overwrite)
-        records = {source: _read_record(folder, source, _key(root, source, options)) for source in sources}
-        missing = [source for source, record in records.items() if record is None]
+    progress = progress or (lambda count: None)
+    with open_job(job, options, overwrite=overwrite):
+        missing = unfinished(root, sources, job, options)
         progress(len(sources) - len(missing))
         for source, record in _records(root, missing, job, options, workers):
-            _store(folder, work, source, _key(root, source, options), record)
+            _store(root, source, job, options, record)
             progress(1)
-        return _write_tables(folder, work, sources, len(missing))
+        return write_tables(job, options, sources, len(missing))
+
+
+@contextlib.contextmanager
+def open_job(job: pathlib.Path, options: TilingOptions, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
+    """The folder of records of a job, locked against a second writer, for tiles made with these options.
+
+    Args:
+      job: folder of the results.
+      options: of the tiles.
+      overwrite: remove what was made with other options.
+
+    Raises:
+      DatasetExistsError, DataError, StorageError: as `run_tiling`.
+    """
+    import_openslide()
+    import_h5py()
+    folder = options.folder(job)
+    with _locked(folder) as work:
+        _check_options(folder, work, options, overwrite)
+        yield work
+
+
+def unfinished(
+    root: pathlib.Path, sources: Sequence[SlideSource], job: pathlib.Path, options: TilingOptions
+) -> list[SlideSource]:
+    """The slides that were not tiled with these options before, or have changed since."""
+    folder = options.folder(job)
+    return [source for source in sources if _read_record(folder, source, _key(root, source, options)) is None]
+
+
+def tile_and_store(root: pathlib.Path, source: SlideSource, job: pathlib.Path, options: TilingOptions) -> None:
+    """Tiles a slide, writes its files and last the record of it; a function of its arguments, wherever it runs.
+
+    Raises:
+      StorageError: the disk is full or not writable.
+    """
+    _store(root, source, job, options, tile_one(root, source, job, options))
 
 
 def tile_one(
@@ -196,11 +229,15 @@ def _read_record(folder: pathlib.Path, source: SlideSource, key: str) -> dict[st
     return record if record.get("key") == key and complete else None
 
 
-def _store(folder: pathlib.Path, work: pathlib.Path, source: SlideSource, key: str, record: Mapping[str, Any]) -> None:
+def _store(
+    root: pathlib.Path, source: SlideSource, job: pathlib.Path, options: TilingOptions, record: Mapping[str, Any]
+) -> None:
     """The record is written last: without it the slide counts as not done."""
+    folder, key = options.folder(job), _key(root, source, options)
     if "row" not in record:
         _remove_outputs(folder, source.slide_id)  # of a run in which the slide could still be read
-    table_files.write_json(_record_path(work, source.slide_id), {"key": key, "slide_id": source.slide_id, **record})
+    path = _record_path(folder / WORK_FOLDER, source.slide_id)
+    table_files.write_json(path, {"key": key, "slide_id": source.slide_id, **record})
 
 
 def _remove_outputs(folder: pathlib.Path, slide_id: str) -> None:
@@ -213,8 +250,16 @@ def _outputs(folder: pathlib.Path, slide_id: str) -> list[pathlib.Path]:
     return list(tiling.output_files(folder, slide_id).values())
 
 
-def _write_tables(folder: pathlib.Path, work: pathlib.Path, sources: Sequence[SlideSource], done: int) -> Outcome:
-    """Tables of all slides that were tiled here, and of the slides of this run that could not be."""
+def write_tables(job: pathlib.Path, options: TilingOptions, sources: Sequence[SlideSource], done: int) -> Outcome:
+    """Tables of all slides that were tiled here, and of the slides of this run that could not be.
+
+    Args:
+      job, options: of the run.
+      sources: the slides of the run.
+      done: how many of them it worked on.
+    """
+    folder = options.folder(job)
+    work = folder / WORK_FOLDER
     present = {source.slide_id for source in sources}
     records = [json.loads(path.read_bytes()) for path in sorted(work.glob("*.json"))]
     rows = sorted((record["row"] for record in records if "row" in record), key=lambda row: row["slide_id"])

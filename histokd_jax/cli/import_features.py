@@ -4,6 +4,9 @@
   histokd import features/ --out data/ours --cases slides.csv --mpp 0.5     table slide_id,case_id
   histokd import stamp/uni-1a2b --out data/crc --level0-mpp 0.25            coordinates in micrometres become pixels
 
+With --beam the shards are written by the workers of an Apache Beam runner (extra `beam`), with equal bytes; source and
+DATASET must lie on a file system that all of them see.
+
 An interrupted import is continued by the same command and ends in the same bytes; repeating a finished one changes
 nothing.
 Files that cannot be used are listed with reasons in quarantine.csv of the data set.
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 import os
 import pathlib
+import shlex
 
 HELP = "import feature folders of CLAM, TRIDENT, STAMP, slideflow, GigaPath"
 EXIT_QUARANTINE = 3
@@ -32,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the order of patches within a slide")
     parser.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="leave files out; repeatable")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="processes")
+    parser.add_argument("--beam", metavar="OPTIONS", help="run on Apache Beam, e.g. --beam='--runner=DirectRunner'")
     parser.add_argument("--overwrite", action="store_true", help="replace another data set in DATASET")
     parser.add_argument("--dry-run", action="store_true", help="only show what would be done")
     _add_case_arguments(parser)
@@ -116,6 +121,10 @@ def _import(plan, args: argparse.Namespace):
 
     from data_pipelines.importers.run import run_import
 
+    if args.beam is not None:
+        from data_pipelines.beam.importing import import_on_beam
+
+        return import_on_beam(plan, args.out, options=shlex.split(args.beam), overwrite=args.overwrite)
     with tqdm(total=len(plan.slides), unit="slide", disable=None) as bar:
         return run_import(plan, args.out, workers=args.workers, overwrite=args.overwrite, progress=bar.update)
 

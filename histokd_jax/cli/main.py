@@ -13,6 +13,7 @@ from histokd_jax import __version__
 from histokd_jax.cli import (
     convert,
     demo,
+    embed,
     errors,
     evaluate,
     import_features,
@@ -21,6 +22,7 @@ from histokd_jax.cli import (
     simulate,
     splits,
     sweep,
+    tables,
     tile,
     train,
     validate,
@@ -31,6 +33,8 @@ COMMANDS = {
     "simulate": simulate,
     "tile": tile,
     "import": import_features,
+    "tables": tables,
+    "embed": embed,
     "validate": validate,
     "splits": splits,
     "train": train,
@@ -47,6 +51,8 @@ A first session:
   histokd simulate --out data/sim                write a simulated cohort
   histokd tile SLIDES --out job                  tissue and tile coordinates of whole-slide images
   histokd import FEATURE_FOLDER --out data/mine  bring your own cohort: CLAM, TRIDENT, STAMP, ... features
+  histokd tables TABLE.csv --out data/mine       and its tables: MCAT, SurvPath, CLAM, STAMP, cBioPortal, ...
+  histokd embed SLIDES --coords DIR --encoder uni --weights FILE --out data/mine    or slides and an encoder
   histokd train --config configs/mkd.py:er,fold=all --workdir runs/er --config.data.dir=DATASET
   histokd predict --model runs/er --data NEW_DATASET --out predictions.csv
 """

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import os
 import pathlib
+import shlex
 
 HELP = "find tissue on whole-slide images and lay tiles over it"
 EXIT_QUARANTINE = 3
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slides", metavar="TABLE", help="CSV with file (in SRC), optionally slide_id and mpp")
     parser.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="leave files out; repeatable")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="processes")
+    parser.add_argument("--beam", metavar="OPTIONS", help="run on Apache Beam, e.g. --beam='--runner=DirectRunner'")
     parser.add_argument("--overwrite", action="store_true", help="replace tiles made with other options in JOB")
     _add_tile_arguments(parser)
     _add_tissue_arguments(parser)
@@ -80,10 +82,16 @@ def run(args: argparse.Namespace) -> int:
     sources = find_slides(args.source, exclude=args.exclude, table=args.slides)
     root = args.source.parent if args.source.is_file() else args.source
     print(f"{len(sources)} slides; tiles of {args.tile_px} px at {args.target_mpp:g} um per pixel")
-    with tqdm(total=len(sources), unit="slide", disable=None) as bar:
-        outcome = run_tiling(
-            root, sources, args.out, options, workers=args.workers, overwrite=args.overwrite, progress=bar.update
-        )
+    if args.beam is not None:
+        from data_pipelines.beam.tiling import tile_on_beam
+
+        pipeline = shlex.split(args.beam)
+        outcome = tile_on_beam(root, sources, args.out, options, pipeline=pipeline, overwrite=args.overwrite)
+    else:
+        with tqdm(total=len(sources), unit="slide", disable=None) as bar:
+            outcome = run_tiling(
+                root, sources, args.out, options, workers=args.workers, overwrite=args.overwrite, progress=bar.update
+            )
     _print_outcome(outcome)
     if outcome.rejected and not outcome.rows:
         raise ValueError(

@@ -70,7 +70,7 @@ def varies_by_fold(cfg: ConfigDict) -> bool:
 
 def read_table(cfg: ConfigDict, path: pathlib.Path) -> GeneTable:
     """The gene table of a file, with the columns that the kind of choice needs: expression, or all molecular ones."""
-    if kind_of(cfg) == RANKED or path.suffix == ".npz":
+    if kind_of(cfg) == RANKED:
         return read_gene_table(path)
     return read_molecular_table(path, metadata=cfg.data.get("metadata", "by_name"))
 

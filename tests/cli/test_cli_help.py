@@ -13,6 +13,7 @@ WORDS = {
     "simulate": ("--out", "--set", "FIELD=VALUE", "--labels", "real genes and labels, simulated bags"),
     "tile": ("OpenSlide", "--target-mpp", "--mpp", "in TRIDENT's layout", "quarantine.csv", "for QuPath", "Exit code"),
     "import": ("CLAM, TRIDENT, STAMP", "--case-regex", "--format", "quarantine.csv", "--level0-mpp", "Exit code"),
+    "tables": ("MCAT, PORPOISE", "--study", "--endpoint", "--outliers", "availability.csv", "never a row of zeros"),
     "validate": ("--tables", "--splits", "--json", "--accept", "a training would be wrong"),
     "splits": ("--site-preserved", "--survival", "--task", "all slides of a patient together"),
     "train": ("--config", "--workdir", "--config.KEY=VALUE", "continues an interrupted run", "--coordinator"),

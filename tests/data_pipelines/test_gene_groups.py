@@ -286,7 +286,7 @@ def test_molecular_tables_are_checked(tmp_path):
     with pytest.raises(DataError, match="data.metadata='first' is unknown"):
         gg.read_molecular_table(path, metadata="first")
     path.write_text("case_id,A_cnv\np1,high\n")
-    with pytest.raises(DataError, match="case 'p1', column 'A_cnv': 'high' is no finite number"):
+    with pytest.raises(DataError, match="line 2, column 'A_cnv': 'high' is no finite number"):
         gg.read_molecular_table(path)
     path.write_text("case_id,A\np1,1\n")
     with pytest.raises(DataError, match="no column ends in one of"):

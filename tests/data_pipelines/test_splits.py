@@ -207,6 +207,20 @@ def test_bad_split_files(tmp_path, text, message):
         read_folds(write_csv(tmp_path / "splits_0.csv", text), make_cohort())
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_split_files_with_other_separators_and_a_mark(tmp_path, separator, encoding):
+    made = make_cohort(6)
+    ids = [made.case_id[i] for i in range(6)]
+    text = f",train,val,test\n0,{ids[0]},{ids[2]},{ids[4]}\n1,{ids[1]},{ids[3]},{ids[5]}\n"
+    (tmp_path / "splits_0.csv").write_text(text.replace(",", separator), encoding=encoding)
+    (split,) = read_folds(tmp_path, made)
+    assert [len(getattr(split, part)) for part in ("train", "val", "test")] == [2, 2, 2]
+    (tmp_path / "splits_0.csv").write_text(f"train,val,val\n{ids[0]},{ids[1]},{ids[2]}\n")
+    with pytest.raises(DataError, match="'val' occurs 2 times"):
+        read_folds(tmp_path, made)
+
+
 def test_folder_without_splits(tmp_path):
     with pytest.raises(DataError, match="no files splits_K.csv"):
         read_folds(tmp_path, make_cohort())

@@ -1,6 +1,7 @@
 """Every layout, written as its software does, is recognised and imported with its values, coordinates and facts."""
 
 import csv
+import hashlib
 import json
 
 import feature_folders as folders
@@ -93,6 +94,10 @@ def test_trident_job_magnification_folder_or_feature_folder(tmp_path, below):
     assert manifest.encoder == {"name": "uni_v1", "patch_size": 256}
     assert manifest.magnification == 20 and manifest.patch_size_level0 == 512 and manifest.mpp is None
     row = sources_of(tmp_path / "out")[0]
+    content = (tmp_path / "job" / below / row["file"]).read_bytes()
+    assert (row["sha256"], row["n_bytes"]) == (hashlib.sha256(content).hexdigest(), str(len(content)))
+    for shard in manifest.shards:
+        assert shard.sha256 == hashlib.sha256((tmp_path / "out" / shard.file).read_bytes()).hexdigest()
     assert row["level0_magnification"] == "40" and row["overlap"] == "0" and row["dtype"] == "float32"
 
 

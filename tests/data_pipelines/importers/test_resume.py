@@ -1,9 +1,12 @@
 """An import gives the same bytes whatever the workers and whether or not it was killed; plain TFDS opens it."""
 
+import datetime
 import hashlib
 import os
 import pathlib
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -108,6 +111,41 @@ def wait_for_finished_shards(out):
         time.sleep(0.1)
 
 
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))])
+def test_import_killed_again_and_again_at_random_moments_ends_in_the_same_bytes(source, whole, tmp_path, seed):
+    """kill -9 after a random number of slides and a random pause, of the process alone or with its workers."""
+    rng, out, script = np.random.default_rng(seed), tmp_path / "out", tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for _ in range(3):
+        command = [sys.executable, str(script), str(source), str(out), str(rng.integers(1, 3))]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, start_new_session=True) as process:
+            for _ in range(rng.integers(0, len(SLIDES) + 2)):
+                process.stdout.readline()  # empty once the process has ended
+            time.sleep(rng.exponential(0.03))
+            kill = os.killpg if rng.random() < 0.5 else os.kill
+            kill(process.pid, signal.SIGKILL)
+        assert not (out / "manifest.json").exists() or digests(out) == digests(whole), "complete means complete"
+    run.run_import(make_plan(source), out, workers=1)
+    assert digests(out) == digests(whole)
+
+
+def test_written_files_hold_no_time_host_user_or_path(source, whole, tmp_path, monkeypatch):
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(source, copy)
+    for path in copy.rglob("*.h5"):
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+    monkeypatch.setattr(time, "time", lambda: 1.0)
+    monkeypatch.setenv("TZ", "Pacific/Kiritimati")
+    run.run_import(make_plan(copy), tmp_path / "out")
+    assert digests(tmp_path / "out") == digests(whole)
+    now = datetime.datetime.now(datetime.UTC)
+    words = {str(source), str(copy), str(tmp_path), socket.gethostname(), now.strftime("%Y-%m-%d"), "site-packages"}
+    for path in filter(pathlib.Path.is_file, (tmp_path / "out").rglob("*")):
+        content = path.read_bytes()
+        assert not [word for word in words if len(word) > 3 and word.encode() in content], path.name
+
+
 @pytest.mark.parametrize("moved", [1, 4, 99])
 def test_killed_while_files_get_their_names(source, whole, tmp_path, monkeypatch, moved):
     out, replace, count = tmp_path / "out", os.replace, []
@@ -151,7 +189,7 @@ def test_a_source_that_changed_after_the_kill_is_read_again(tmp_path):
     made = make_plan(tmp_path / "job")
     with planned_writer.work_folder(tmp_path / "out") as work:
         for index in range(len(made.shards)):
-            planned_writer.write_shard(work, index, made.key(index), made.facts, run._bags(made, index, lambda n: None))
+            run.write_planned_shard(made, work, index, lambda n: None)
     features, coords = content[SLIDES[0]]
     changed = {**content, SLIDES[0]: (features + 1, coords)}
     size = (folder / f"{SLIDES[0]}.h5").stat().st_size
@@ -199,6 +237,7 @@ def test_opens_with_plain_tensorflow_datasets(whole):
     import tensorflow_datasets as tfds
 
     examples = tfds.builder_from_directory(str(whole)).as_data_source("train")
+    assert "tensorflow" not in sys.modules
     reader = BagReader(whole)
     assert len(examples) == sum(shard.n_records for shard in reader.manifest.shards)
     for row, slide in enumerate(reader.manifest.slides):

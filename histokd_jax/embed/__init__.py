@@ -1,0 +1,1 @@
+"""From tiles of slides to a data set of patch embeddings."""

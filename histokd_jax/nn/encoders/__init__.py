@@ -1,0 +1,1 @@
+"""Image encoders: vision transformers and ResNets on NHWC images, described by frozen specifications."""
