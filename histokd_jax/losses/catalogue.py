@@ -227,7 +227,7 @@ def entry(name: str) -> Entry:
     if name in NOT_OFFERED:
         raise ValueError(f"term {name!r} is not offered: {NOT_OFFERED[name]}")
     near = difflib.get_close_matches(str(name), CATALOGUE, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     raise ValueError(f"term {name!r} is unknown{hint} Known terms: {', '.join(sorted(CATALOGUE))}")
 
 
