@@ -63,7 +63,7 @@ class Entry:
     needs: tuple[str, ...] = ()
     trains_teacher: bool = False
     ce: float = 1.0
-    options: Mapping[str, Any] = MappingProxyType({})
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     layer_weights: Callable[[int], tuple[float, ...]] | None = None
     ordered: bool = False
 
