@@ -11,7 +11,6 @@ from histokd_jax.losses._masking import accumulate, keep, require_same_shape
 from histokd_jax.losses.classification import cross_entropy
 from histokd_jax.losses.mutual import tempered_kl
 
-_ONE_EPS = 1e-7
 NAIVE, LINEAR, MIN_LOGIT, GENERAL = "naive", "linear", "min_logit", "general"
 TARGETS = (NAIVE, LINEAR, MIN_LOGIT, GENERAL)
 
@@ -62,6 +61,7 @@ def one_terms(
     label: jax.Array,
     *,
     temperature: float = 3.0,
+    eps: float = 0.0,
     where: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Both terms of the on-the-fly native ensemble (Lan et al., arXiv 1806.04606), per example.
@@ -71,6 +71,8 @@ def one_terms(
       gate: [b, m] float, non-negative with rows summing to 1.
       label: [b] int32.
       temperature: T > 0 of the distillation from the ensemble, which is constant there.
+      eps: added to the target inside its logarithm; the released code has 1e-7, the golden value of the specification
+        none.
       where: [b] bool, valid rows; others return exactly 0.
 
     Returns:
@@ -85,10 +87,11 @@ def one_terms(
         raise ValueError(f"the gate of {len(heads)} heads must be [{z.shape[1]}, {len(heads)}], got {gate.shape}")
     ensemble = gated_ensemble(tuple(z), accumulate(gate, where))
     ce = sum(cross_entropy(head, label, where=where) for head in (*z, ensemble))
-    # The epsilon of the released code: part of the target, so that the terms are not exactly 0 at equality.
-    target = jax.nn.softmax(jax.lax.stop_gradient(ensemble) / temperature, axis=-1) + _ONE_EPS
+    log_p = jax.nn.log_softmax(jax.lax.stop_gradient(ensemble) / temperature, axis=-1)
+    target = jnp.exp(log_p)
+    log_target = jnp.log(target + eps) if eps else log_p
     log_q = jax.nn.log_softmax(z / temperature, axis=-1)
-    kl = temperature**2 * jnp.sum(target[None] * (jnp.log(target)[None] - log_q), axis=(0, 2))
+    kl = temperature**2 * jnp.sum(target[None] * (log_target[None] - log_q), axis=(0, 2))
     return ce, keep(kl, where)
 
 

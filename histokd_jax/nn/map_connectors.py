@@ -59,8 +59,8 @@ class HintRegressor(nn.Module):
             layer = nn.Conv(self.channels, (1 + height - self.size,) * 2, padding="VALID", name="conv")
         else:
             raise ValueError(
-                f"a student map of size {height} has no hint regressor to size {self.size}: choose layers of equal size, "
-                "or a student twice or half as large, or larger"
+                f"a student map of size {height} has no hint regressor to size {self.size}: choose layers of equal "
+                "size, or a student twice or half as large, or larger"
             )
         x = _norm("norm", train)(layer(_last(x)))
         return _first(nn.relu(x) if self.relu else x)
