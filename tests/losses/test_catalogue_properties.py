@@ -69,12 +69,15 @@ def test_check_4_gradients_are_finite_on_degenerate_input(name):
                 assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient(*inputs))), case
 
 
-@pytest.mark.parametrize("name", sorted(set(la.STATELESS)))
+# kdcl's target is built from the student too and held constant: its gradient is no total derivative.
+@pytest.mark.parametrize("name", sorted(set(la.STATELESS) - {"kdcl"}))
 def test_check_7_gradient_matches_finite_differences(name, float64):
     s, t = la.pair(name, 4, seed=3, scale=0.6)
+    # The default bandwidth of MMD follows the data but is held constant in the gradient.
+    fixed = {"bandwidths": (1.0, 2.0)} if name == "mmd" else {}
 
     def total(x):
-        return la.value(name, x, t)
+        return la.value(name, x, t, **fixed)
 
     x = jax.tree.map(jnp.asarray, s)
     direction = jax.tree.map(lambda a: jnp.asarray(np.random.default_rng(9).normal(size=a.shape)), x)
@@ -84,8 +87,6 @@ def test_check_7_gradient_matches_finite_differences(name, float64):
         return total(jax.tree.map(lambda a, d: a + h * d, x, direction))
 
     numeric = (moved(step) - moved(-step)) / (2 * step)
-    if name == "kdcl":
-        pytest.skip("its target is built from the student too and held constant: the gradient is no total derivative")
     if name == "dml":
         numeric = numeric_of_own_part(x, t, direction, step)
     exact = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, jax.grad(total)(x), direction)))
