@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from histokd_jax.losses import boundaries, catalogue, hints, memory
 
@@ -28,6 +29,14 @@ C3 = array(lambda k: math.sin(1.1 * k + 0.2), (4, 3))
 WIDTHS = {catalogue.LOGITS: (6,), catalogue.VECTOR: (5,), catalogue.MAP: (3, 4, 4)}
 STATELESS = sorted(name for name, e in catalogue.CATALOGUE.items() if catalogue.MEMORY not in e.needs)
 COUPLED = sorted(name for name in STATELESS if catalogue.CATALOGUE[name].couples_batch)
+
+
+QUICK = {"kd", "dist", "sp", "pkt", "vicreg", "cka", "vid", "ofd", "at", "fsp"}
+
+
+def quick(names, chosen=frozenset(QUICK)):
+    """Parameters of a test over losses, of which all but a few of every kind are marked slow."""
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in sorted(names)]
 
 
 def pair(name, b, seed=0, scale=1.0):

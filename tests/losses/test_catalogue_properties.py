@@ -70,7 +70,7 @@ def test_check_4_gradients_are_finite_on_degenerate_input(name):
 
 
 # kdcl's target is built from the student too and held constant: its gradient is no total derivative.
-@pytest.mark.parametrize("name", sorted(set(la.STATELESS) - {"kdcl"}))
+@pytest.mark.parametrize("name", la.quick(set(la.STATELESS) - {"kdcl"}))
 def test_check_7_gradient_matches_finite_differences(name, float64):
     s, t = la.pair(name, 4, seed=3, scale=0.6)
     # The default bandwidth of MMD follows the data but is held constant in the gradient.
@@ -127,7 +127,7 @@ def test_masked_equals_subset_in_value_and_gradient_whatever_the_masked_rows_hol
         np.testing.assert_array_equal(found[~where], 0.0)
 
 
-@pytest.mark.parametrize("name", la.STATELESS)
+@pytest.mark.parametrize("name", la.quick(la.STATELESS, la.QUICK | {"cc_product"}))
 def test_check_8_permuting_the_batch_changes_nothing_but_the_product_form(name, float64):
     entry, order = catalogue.CATALOGUE[name], np.array([3, 0, 4, 1, 2])
     s, t = la.pair(name, 5)
@@ -146,7 +146,7 @@ def test_values_are_per_example_where_the_table_says_so(name):
     assert found.shape == ((4,) if catalogue.CATALOGUE[name].per_example else ()) and found.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("name", sorted(n for n in la.STATELESS if not catalogue.CATALOGUE[n].couples_batch))
+@pytest.mark.parametrize("name", la.quick(n for n in la.STATELESS if not catalogue.CATALOGUE[n].couples_batch))
 def test_check_9_losses_that_do_not_couple_are_means_of_per_shard_values(name, float64):
     s, t = la.pair(name, 6)
     extra = la.extras(name, jax.tree.leaves(s)[0], 6)
@@ -304,12 +304,7 @@ def test_check_12_vid_variance_converges_to_the_mean_squared_residual(float64):
     np.testing.assert_allclose(jax.nn.softplus(rho) + 1e-5, ((s - t) ** 2).mean(0), rtol=1e-3)
 
 
-QUICK = ("kd", "sp", "mmd", "vicreg", "nst")
-
-
-@pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in la.STATELESS if n != "fsp"]
-)
+@pytest.mark.parametrize("name", la.quick(set(la.STATELESS) - {"fsp"}, {"kd", "sp", "mmd"}))
 def test_losses_are_vmap_safe(name, float64):
     pairs = [la.pair(name, 4, seed) for seed in (0, 1)]
     s, t = (np.stack([p[k] for p in pairs]) for k in (0, 1))
