@@ -12,6 +12,7 @@ from histokd_jax.methods.distil.objective import STUDENT, TEACHER, ObjectiveSpec
 from histokd_jax.methods.settings import lookup
 from histokd_jax.methods.supervised import config as supervised
 from histokd_jax.methods.supervised.networks import GENES, PATCHES
+from histokd_jax.methods.supervised.objective import COX
 from histokd_jax.types import SURVIVAL
 
 ONLINE, TWO_STAGE = "online", "two_stage"
@@ -107,15 +108,16 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
 
 
-def validate_task(terms: tuple[compositions.Term, ...], task: str) -> None:
+def validate_task(terms: tuple[compositions.Term, ...], task: str, survival: str) -> None:
     """Refuses terms on logits that mean something else in a task.
 
     Args:
       terms: see `active_terms`.
       task: "classification" or "survival".
+      survival: loss of a survival task.
 
     Raises:
-      ValueError: a softmax of hazards, or hazards of classes.
+      ValueError: a softmax of hazards, hazards of classes, or those of a Cox head, which has none.
     """
     for term in terms:
         reads_logits = term.entry.reads == catalogue.LOGITS
@@ -124,6 +126,11 @@ def validate_task(terms: tuple[compositions.Term, ...], task: str) -> None:
                              "terms.hazard or terms.event")  # fmt: skip
         if task != SURVIVAL and term.name in _HAZARDS:
             raise ValueError(f"terms.{term.name} distils hazards, and the task is {task!r}: use terms.kd")
+        if task == SURVIVAL and reads_logits and survival == COX:
+            raise ValueError(
+                f"terms.{term.name} distils hazards, and loss.survival = 'cox' has none: use terms on embeddings, or "
+                "loss.survival = 'nll'"
+            )
 
 
 def _validate_network(config: ml_collections.ConfigDict, group: str) -> None:

@@ -219,7 +219,7 @@ def make_method(config: ml_collections.ConfigDict, data: DataSpec) -> Method:
             raise renamed(error, group) from None
     reads_genes = {group: "genes" in networks[group].requires for group in GROUPS}
     run = _Distil(networks, objective_spec(config, data.task, reads_genes), data)
-    validate_task(run.objective_spec.terms, data.task)
+    validate_task(run.objective_spec.terms, data.task, config.loss.survival)
     # Widths are known from here on: a term without its connector is refused before anything is compiled.
     jax.eval_shape(run.init, jax.random.key(0))
     modes = {mode.params[0]: mode.name for mode in run.modes()}

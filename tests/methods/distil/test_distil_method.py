@@ -141,6 +141,7 @@ ERRORS = {
     "memory": (dict(terms={"crd": {"connector": "linear", "width": 4}}), "terms.crd cannot distil slide networks"),
     "softmax": (dict(terms={"kd": 1.0}), "terms.kd distils class probabilities, and a survival network has hazards"),
     "hazards": (dict(terms={"hazard": 1.0}, task="classification"), "terms.hazard distils hazards, and the task is"),
+    "cox": (dict(terms={"hazard": 1.0}, loss__survival="cox"), "loss.survival = 'cox' has none: use terms on embed"),
     "schedule": (dict(distill__schedule="later"), "distill.schedule = 'later' is not possible"),
     "one slide": (dict(terms={"sp": 1.0}, train__b=1), "terms.sp couples the slides of a step"),
     "student": (dict(student="snn"), "a student reads slides only"),
