@@ -46,17 +46,17 @@ def test_hint_regressor_without_a_rule_is_refused():
 def test_factors_have_half_of_the_teachers_channels():
     teacher, student = normal(2, 6, 4, 4), normal(2, 4, 4, 4)
     paraphraser, translator = Paraphraser(), Translator(6)
-    factor, back = paraphraser.apply(paraphraser.init(KEY, teacher), teacher)
+    factor, back = jax.jit(lambda x: paraphraser.apply(paraphraser.init(KEY, x), x))(teacher)
     assert factor.shape == (2, 3, 4, 4) and back.shape == teacher.shape
-    variables = translator.init(KEY, student)
-    assert translator.apply(variables, student).shape == factor.shape and "batch_stats" in variables
+    variables = jax.eval_shape(translator.init, KEY, student)
+    assert jax.eval_shape(translator.apply, variables, student).shape == factor.shape and "batch_stats" in variables
 
 
 def test_review_fusion_reaches_every_level_and_passes_deep_information_up():
     shapes = [(6, 8, 8), (8, 4, 4), (10, 1, 1)]
     maps = [normal(2, 3, 8, 8), normal(2, 4, 4, 4), normal(2, 5, 1, 1)]
     module = ReviewFusion(tuple(shapes))
-    variables = module.init(KEY, maps)
+    variables = jax.jit(module.init)(KEY, maps)
     run = jax.jit(lambda m: module.apply(variables, m))
     out = run(maps)
     assert [x.shape[1:] for x in out] == shapes
