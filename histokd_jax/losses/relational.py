@@ -21,7 +21,9 @@ def _relative_distances(x: jax.Array, pairs: jax.Array) -> jax.Array:
     square = square[:, None] + square[None, :] - 2.0 * matmul(x, x.T)
     pairs = pairs & ~jnp.eye(x.shape[0], dtype=bool)
     distance = jnp.where(pairs, jnp.sqrt(jnp.maximum(square, 1e-12)), 0.0)
-    return distance / (jnp.sum(distance) / count(pairs, x.dtype))
+    total = jnp.sum(distance)
+    # A single valid row has no pair, and 0 / 0 would be NaN.
+    return distance * (count(pairs, x.dtype) / jnp.where(total > 0.0, total, 1.0))
 
 
 def _angles(x: jax.Array) -> jax.Array:
