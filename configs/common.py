@@ -118,3 +118,15 @@ def base() -> ConfigDict:
 def override(cfg: ConfigDict, values: dict) -> None:
     """Sets dotted keys, e.g. {"loss.lambda_skd": 0.0}; unknown keys raise."""
     cfg.update_from_flattened_dict(values)
+
+
+def image_pairs(cfg: ConfigDict) -> None:
+    """Adds and sets what a configuration for image pairs (`histokd pairs`) has beyond or unlike `base`."""
+    cfg.data.kind = "pairs"
+    cfg.data.partner = "auto"  # auto: what the data set has | image | vector | none
+    cfg.data.official_split = True  # parts that came with the data set; False: folds by group (split.n_folds)
+    cfg.data.feat_dim = 0
+    cfg.task = "grade"
+    cfg.train.sampler = "uniform"
+    # metric: selects the epoch, on the validation part (split.protocol=published: the reported one).
+    cfg.select = ConfigDict(dict(metric="weighted_f1"))

@@ -23,6 +23,7 @@ from histokd_jax.evals.classification import (
     metric_names,
     undefined_reason,
 )
+from histokd_jax.evals.per_class import summarise_classes
 from histokd_jax.evals.predictions import UNLABELLED, Predictions, atomic_writer
 
 FORMAT_VERSION = 1
@@ -40,6 +41,8 @@ LABELS = {
     "specificity": "Specificity",
     "cohen_kappa": "Cohen's kappa",
     "macro_f1": "Macro F1",
+    "weighted_f1": "Weighted F1",
+    "quadratic_kappa": "Quadratic-weighted kappa",
     "brier": "Brier score (lower is better)",
 }
 
@@ -96,7 +99,7 @@ def summarise(
     Returns:
       {"format_version", "num_classes", "folds", "bootstrap": {...}, "modes": {mode: {"n_rows", "n_patients",
       "per_fold_counts": [{"fold", "n", "per_class"}], "metrics": {name: {"per_fold", "mean", "std", "ci", "reason",
-      ...}}}}, **facts}. The interval `ci` is of the mean over folds.
+      ...}}}}, **facts}. The interval `ci` is of the mean over folds; for more than two classes see also `per_class`.
 
     Raises:
       ValueError: if the class counts differ, a row has no label, or a fact has the name of an entry.
@@ -259,6 +262,7 @@ def _summarise_mode(rows: Predictions, how: _Resampling) -> dict[str, Any]:
         "n_redrawn_resamples": drawn.n_redrawn,
         "per_fold_counts": [_counts(rows, k) for k in rows.folds],
         "metrics": metrics,
+        **(summarise_classes(rows, drawn, LEVEL) if rows.num_classes > 2 else {}),
     }
 
 

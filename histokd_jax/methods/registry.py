@@ -13,9 +13,11 @@ METHODS = {
     "supervised": "histokd_jax.methods.supervised.method",
     "ghanet": "histokd_jax.methods.ghanet.method",
     "survival_kd": "histokd_jax.methods.survival_kd.method",
+    "image_classifier": "histokd_jax.methods.image_classifier.method",
 }
 """Name -> module with `make_method(config, data) -> Method`, `default_config()` and `validate(config)`; optional are
-`TASKS`, the kinds of task it knows (all, if absent), and `CONTROL`, the settings (key -> value) of its control arm."""
+`TASKS`, the kinds of task it knows (all, if absent), `CONTROL`, the settings (key -> value) of its control arm, and
+`FROZEN`, parameter groups that may be read from a finished run (group -> configuration key of its folder)."""
 
 
 def method_module(name: str) -> ModuleType:

@@ -10,7 +10,7 @@ from typing import Any
 
 from histokd_jax.evals.predictions import atomic_writer
 from histokd_jax.evals.summary import compare
-from histokd_jax.report import plots, results, survival_results
+from histokd_jax.report import classes, plots, results, survival_results
 from histokd_jax.report.html import Body, Cell, Html, Part, element, join, page, section, table
 from histokd_jax.report.run_dir import CLASSIFICATION, OVERLAP, SIMULATED, SURVIVAL, Run, flatten, lambdas, load_run
 from histokd_jax.report.training import training_figures
@@ -87,6 +87,7 @@ def _classification(run: Run) -> Body:
             "What distillation bought",
             results.comparison_section(run, comparison),
         ),
+        *([Part("classes", "Classes", "Every class", classes.class_section(run))] if classes.has_classes(run) else []),
         Part("curves", "ROC / PRC", "ROC and precision-recall", results.curve_figures(run)),
         Part("calibration", "Calibration", "Calibration", results.calibration_figure(run)),
         Part("training", "Training", "Training", training_figures(run)),

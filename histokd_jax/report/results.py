@@ -21,6 +21,8 @@ MODE_TITLES = {
     "pathology": "Student: slide only",
     "both": "Teacher: slide + genes",
     "genomics": "Teacher: genes only",
+    "he": "Student: H&E only",
+    "he+ihc": "Teacher: H&E + IHC",
 }
 ROC_RESAMPLES = 400
 FOREST_METRICS = ("auroc", "average_precision", "balanced_accuracy", "f1", "macro_f1")

@@ -26,13 +26,36 @@ SUMMARY_FACTS = ("task", "method", "simulated", "patient_overlap", "dataset", "s
 
 @dataclasses.dataclass(frozen=True)
 class ClassificationTask:
-    """See `Task`."""
+    """See `Task`.
+
+    Attributes:
+      select_by: the metric that validation selects by.
+    """
+
+    select_by: str = "auroc"
 
     kind: str = CLASSIFICATION
     outputs: tuple[str, ...] = ("prob",)
-    monitor_name: str = "val_auc"
     answers: str = "labels"
     summary_facts: tuple[str, ...] = SUMMARY_FACTS
+
+    @classmethod
+    def from_config(cls, cfg: ConfigDict) -> ClassificationTask:
+        """The task of a configuration: `select.metric`, if it has one.
+
+        Raises:
+          ValueError: unknown metric.
+        """
+        name = cfg.select.metric if "select" in cfg else "auroc"
+        known = [metric for metric in classification.metric_names(3) if metric not in classification.LOWER_IS_BETTER]
+        if name not in known:
+            raise ValueError(f"select.metric={name!r} is unknown; choose one of {', '.join(known)}")
+        return cls(name)
+
+    @property
+    def monitor_name(self) -> str:
+        """Name of the monitor on the progress bar."""
+        return "val_auc" if self.select_by == "auroc" else f"val_{self.select_by}"
 
     def open_cohort(self, manifest: Manifest, cfg: ConfigDict, tables: Tables, **options: Any) -> Cohort:
         """See `Task.open_cohort`."""
@@ -93,8 +116,11 @@ class ClassificationTask:
         return out
 
     def monitor(self, metrics: Mapping[str, float], modes: Iterable[str]) -> float:
-        """Mean AUC over modes."""
-        return float(np.mean([metrics[f"auroc_{mode}"] for mode in modes]))
+        """Mean of the selecting metric (AUC) over modes."""
+        names = [f"{self.select_by}_{mode}" for mode in modes]
+        if any(name not in metrics for name in names):
+            raise ValueError(f"select.metric={self.select_by} does not exist for two classes; use auroc or accuracy")
+        return float(np.mean([metrics[name] for name in names]))
 
     def table(self, found: Found, targets: Targets, rows: Rows) -> Predictions:
         """See `Task.table`."""

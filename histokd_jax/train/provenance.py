@@ -14,8 +14,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from data_pipelines.manifest import Manifest
 from histokd_jax import __version__
+from histokd_jax.train import data_kinds
 from histokd_jax.train.experiment import Experiment, FoldData
 from histokd_jax.utils import config as config_utils
 
@@ -51,7 +51,7 @@ def host_facts(cfg: ConfigDict) -> dict[str, Any]:
     facts |= {f"version of {name}": version for name, version in versions().items()}
     facts["git revision"] = git_revision()
     if cfg.data.dir:
-        facts["data set"] = Manifest.load(cfg.data.dir).fingerprint()
+        facts["data set"] = data_kinds.training(cfg).open_manifest(cfg.data.dir).fingerprint()
     return facts
 
 

@@ -25,7 +25,7 @@ from data_pipelines.atomic import storage_errors
 from histokd_jax.evals import ablation
 from histokd_jax.evals.predictions import atomic_writer
 from histokd_jax.tasks import Table
-from histokd_jax.train import distributed, gene_choice, provenance, replica_step, replicas, run, sharding
+from histokd_jax.train import data_kinds, distributed, gene_choice, provenance, replica_step, replicas, run, sharding
 from histokd_jax.train.checkpoint import CheckpointMismatchError
 from histokd_jax.train.experiment import Experiment, FoldData, fold_data, load_experiment, resolve_width
 from histokd_jax.train.feed import Feeder, StreamFeeder
@@ -105,6 +105,11 @@ def prepare(settings: Mapping[str, ConfigDict], reference: str, seeds: Sequence[
         raise ValueError(f"seeds {list(seeds)}: give at least one, each once")
     experiments, loaded = {}, {}
     for name, cfg in settings.items():
+        if data_kinds.kind_of(cfg) != data_kinds.BAGS:
+            raise ValueError(
+                f"setting {name}: a sweep stacks trainings on bags; train data.kind={cfg.data.kind} once per setting "
+                "and seed with `histokd train`"
+            )
         cfg = _plain(resolve_width(cfg), cfg.seed)
         mesh = sharding.make_replica_mesh(cfg.mesh.replica)
         replica_step.resolve_loop(cfg.train.replica_loop, mesh.devices.flat[0].platform)
