@@ -100,7 +100,8 @@ def base() -> ConfigDict:
             replica_loop="auto",  # trainings of one program: map (one after the other) | vmap | auto: by backend
         )
     )
-    # monitor: mean_auc3 | student_auc; enabled=False trains max_epochs and keeps the last state.
+    # monitor: mean_auc3 | student_auc | a metric of the summary (accuracy, weighted_f1, ...); enabled=False trains
+    # max_epochs and keeps the last state.
     cfg.early_stop = ConfigDict(dict(enabled=True, monitor="mean_auc3", patience=5, min_epoch=5))
     cfg.ckpt = ConfigDict(dict(teachers="best_joint", every_epochs=5, keep=2))
     cfg.eval = ConfigDict(dict(teacher_dropout=False, slots=32))
@@ -128,5 +129,5 @@ def image_pairs(cfg: ConfigDict) -> None:
     cfg.data.feat_dim = 0
     cfg.task = "grade"
     cfg.train.sampler = "uniform"
-    # metric: selects the epoch, on the validation part (split.protocol=published: the reported one).
-    cfg.select = ConfigDict(dict(metric="weighted_f1"))
+    # Any metric of the summary; on the validation part (split.protocol=published: the reported one).
+    cfg.early_stop.monitor = "weighted_f1"

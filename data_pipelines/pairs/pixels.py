@@ -31,6 +31,7 @@ KEPT_FORMATS = ("PNG", "JPEG")
 CONVERTED = {"L": "grey", "1": "black and white", "P": "palette", "RGBA": "opaque alpha", "LA": "opaque alpha"}
 REFUSED = {"CMYK": "CMYK colours", "LAB": "Lab colours", "HSV": "HSV colours", "YCbCr": "YCbCr colours"}
 _PNG_DEPTH = 24  # Byte of the bit depth: signature, length and name of the header chunk, width, height.
+_PNG_END, _TRAILER = b"IEND\xaeB`\x82", 1 << 16
 _TIFF_BITS, _EXIF_ORIENTATION = 258, 274
 
 
@@ -138,6 +139,9 @@ def _open(data: bytes) -> Any:
         image = module.open(io.BytesIO(data))
         _check_header(image, data)
         image.load()
+        if image.format == "PNG" and _PNG_END not in data[-_TRAILER:]:
+            # Pillow does not mind if all pixels are there; other decoders do.
+            raise UnusableImageError("truncated image", "the PNG has no end marker")
     except UnusableImageError:
         raise
     except module.DecompressionBombError as error:

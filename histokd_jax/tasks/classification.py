@@ -21,6 +21,8 @@ from histokd_jax.evals.predictions import Predictions
 from histokd_jax.tasks.base import Found, Rows, Tables, Targets
 from histokd_jax.types import CLASSIFICATION
 
+AUC_MONITORS = ("mean_auc3", "student_auc")
+"""Monitors that mean AUROC; over which modes, the stages of a method say."""
 SUMMARY_FACTS = ("task", "method", "simulated", "patient_overlap", "dataset", "seed")
 
 
@@ -41,15 +43,18 @@ class ClassificationTask:
 
     @classmethod
     def from_config(cls, cfg: ConfigDict) -> ClassificationTask:
-        """The task of a configuration: `select.metric`, if it has one.
+        """The task of a configuration; early_stop.monitor names the selecting metric.
 
         Raises:
-          ValueError: unknown metric.
+          ValueError: unknown monitor.
         """
-        name = cfg.select.metric if "select" in cfg else "auroc"
+        name = cfg.early_stop.monitor
         known = [metric for metric in classification.metric_names(3) if metric not in classification.LOWER_IS_BETTER]
+        if name in AUC_MONITORS:
+            return cls()
         if name not in known:
-            raise ValueError(f"select.metric={name!r} is unknown; choose one of {', '.join(known)}")
+            expected = ", ".join((*AUC_MONITORS, *known))
+            raise ValueError(f"early_stop.monitor={name!r} is unknown; choose one of {expected}")
         return cls(name)
 
     @property
@@ -119,7 +124,9 @@ class ClassificationTask:
         """Mean of the selecting metric (AUC) over modes."""
         names = [f"{self.select_by}_{mode}" for mode in modes]
         if any(name not in metrics for name in names):
-            raise ValueError(f"select.metric={self.select_by} does not exist for two classes; use auroc or accuracy")
+            raise ValueError(
+                f"early_stop.monitor={self.select_by} does not exist for two classes; use auroc or accuracy"
+            )
         return float(np.mean([metrics[name] for name in names]))
 
     def table(self, found: Found, targets: Targets, rows: Rows) -> Predictions:
