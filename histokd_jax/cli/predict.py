@@ -2,6 +2,7 @@
 
   histokd predict --model runs/er --data NEW_DATASET --out predictions.csv
   histokd predict --model runs/er/fold_0/model --data NEW_DATASET --out p.csv --attention attention/
+  histokd predict --model runs/hmkd --data FOLDER_OF_TILES --out p.csv     models of image pairs: H&E images alone
 
 A run directory applies all its folds (one row per slide and fold). --attention writes one CSV per slide with the
 level-0 coordinates and the attention of each patch (first model only).

@@ -27,7 +27,8 @@ def open_new(
       model: the model.
       mode: inference mode.
       data: a data set of image pairs (partners may be absent), or a folder of images.
-      labels: not empty: predict the labelled images only, to compare with their labels, which are in the data set.
+      labels: not empty: predict the labelled images only, to compare with their labels, which are in the data set; an
+        existing file is refused.
       genes, cnv: of bags only; must be empty.
       task: name of the label; empty: the model's.
 
@@ -36,6 +37,8 @@ def open_new(
     """
     if genes or cnv:
         raise ValueError("--genes and --cnv are tables of slides; image pairs have none")
+    if labels and pathlib.Path(labels).is_file():
+        raise ValueError(f"{labels}: the labels of image pairs are in their data set: use `histokd pairs --labels`")
     reader = open_reader(pathlib.Path(data))
     check_input(reader.manifest, model, bool(labels))
     cohort = pair_cohort(reader.manifest, task or model.cfg.task, labelled=bool(labels))
