@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from data_pipelines import packing, schema, windows
@@ -20,9 +19,20 @@ from data_pipelines.pipeline import SlideTable, Source, StepSource
 from data_pipelines.reader import BagReader
 from data_pipelines.splits import CORRECTED, Split, make_folds, read_folds, split_fingerprint
 from histokd_jax.tasks import Tables, Targets, Task, get_task
-from histokd_jax.train import cluster_choice, gene_choice, sharding, teacher_table
+from histokd_jax.train import cluster_choice, gene_choice, teacher_table
 from histokd_jax.train.gene_choice import CNV, GENE_FIELDS, Selection
 from histokd_jax.types import DataSpec, Method
+
+__all__ = ["Experiment", "FoldData", "check_mesh", "check_selection", "check_width", "find_tables", "fold_data"]
+__all__ += [
+    "load_experiment",
+    "make_feeder",
+    "open_manifest",
+    "resolve",
+    "resolve_width",
+    "share_shapes",
+    "split_marks",
+]
 
 PUBLISHED_MARK = "reported part = validation part (published protocol)"
 
@@ -172,17 +182,6 @@ resolve = resolve_width
 """What the configuration takes from the data set (see `data_kinds`)."""
 
 
-def check_mesh(mesh: Mesh, cfg: ConfigDict, data: FoldData) -> None:
-    """Refuses, before anything is compiled, a mesh that does not divide the steps."""
-    if cfg.train.batching == "grad_cache" and mesh.shape[sharding.DATA] > 1:
-        raise ValueError(
-            f"train.batching=grad_cache holds one row at a time, which mesh.data={mesh.shape[sharding.DATA]} devices "
-            "cannot divide: set mesh.data=1 (mesh.sequence may divide the row), or train.batching=packed"
-        )
-    for source in (data.train, *data.evaluation.values()):
-        sharding.check_divides(mesh, source.plan.rows, source.plan.row_patches)
-
-
 def check_width(manifest: Manifest, expected: int) -> None:
     """Refuses a data set whose embeddings have another width than asked for.
 
@@ -265,27 +264,6 @@ def fold_data(experiment: Experiment, fold: int, method: Method) -> FoldData:
         clusters=clusters,
         marks=marks,
     )
-
-
-def share_shapes(folds: list[FoldData]) -> list[FoldData]:
-    """Gives the steps of all folds one row length, so that one compiled program serves them; empty chunks are free."""
-
-    def longest(sources):
-        return max(source.plan.row_patches for source in sources)
-
-    def stretch(source, length):
-        return dataclasses.replace(source, plan=dataclasses.replace(source.plan, row_patches=length))
-
-    train = longest(fold.train for fold in folds)
-    evaluation = longest(source for fold in folds for source in fold.evaluation.values())
-    return [
-        dataclasses.replace(
-            fold,
-            train=stretch(fold.train, train),
-            evaluation={part: stretch(source, evaluation) for part, source in fold.evaluation.items()},
-        )
-        for fold in folds
-    ]
 
 
 def _rows(cfg: ConfigDict) -> int:
