@@ -1,7 +1,7 @@
 """Depth-wise convolution as a sum of shifted products: grouped convolutions of XLA are slow on CPU.
 
-A tap is a shifted view of the zero-padded input times one row of weights. Kernels of side 3 are written out; of larger
-ones a loop runs over the rows of the kernel, so that programs stay small. The backward pass is written in the same form.
+A tap is a shifted view of the zero-padded input times one row of weights. Kernels of side 3 are written out; of
+larger ones a loop runs over the rows of the kernel, so that programs stay small. The backward pass has the same form.
 """
 
 from __future__ import annotations

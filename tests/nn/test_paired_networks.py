@@ -14,12 +14,13 @@ from histokd_jax.nn.paired.spec import PairedSpec
 
 BLOCKS = {48: 30_088, 96: 107_828, 224: 554_168, 448: 2_174_388}
 CROSS = {"teacher": (111_160, 433_912, 2_330_872), "student": (55_580, 216_956, 1_165_436)}
+FULL = PairedSpec()
 DEPTHS = {"teacher": (2, 2, 6, 2), "student": (2, 2, 2, 2)}
 PATCHES = (147_600, 18_720, 86_688, 402_752)
 
 
 @functools.cache
-def shapes(model, side=256, batch=2, spec=PairedSpec()):
+def shapes(model, side=256, batch=2, spec=FULL):
     """(variables, outputs) as shapes; nothing is computed."""
     tiles = (jax.ShapeDtypeStruct((batch, side, side, 3), jnp.float32),) * (2 if model == "teacher" else 1)
     network = setup.NETWORKS[model](spec)

@@ -54,7 +54,7 @@ def fill_table(
     ask: Callable[[jax.Array, jax.Array], Mapping[str, jax.Array]],
     batches: Iterable[Mapping[str, np.ndarray]],
     examples: int,
-    dtype: np.dtype = np.dtype(np.float32),
+    dtype: type = np.float32,
 ) -> dict[str, np.ndarray]:
     """Asks a teacher about a data set.
 
@@ -77,7 +77,7 @@ def fill_table(
         for name, value in ask(batch["image"], batch["partner"]).items():
             value = np.asarray(value)[real].astype(dtype)
             if not np.isfinite(value).all():
-                raise ValueError(f"outputs {name!r} of the teacher are not finite as {dtype}: use float32")
+                raise ValueError(f"outputs {name!r} of the teacher are not finite as {np.dtype(dtype)}: use float32")
             target = table.setdefault(name, np.zeros((examples, *value.shape[1:]), dtype))
             target[rows] = value
     if not table or not any(value.any() for value in table.values()):

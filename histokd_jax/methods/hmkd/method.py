@@ -47,7 +47,7 @@ TASKS = (CLASSIFICATION,)
 CONTROL = {key: 0.0 for key in WEIGHTS}
 """Settings of the control arm: the student alone."""
 FROZEN: Mapping[str, str] = {TEACHER: "distill.teacher"}
-"""Parameter group -> key of the model folder that it is read from in place of being trained, if the key is not empty."""
+"""Parameter group -> key of the model folder that it is read from, if not empty, in place of being trained."""
 HE, HE_IHC = "he", "he+ihc"
 TEACHER_OUTPUTS = "teacher_outputs"
 _MODES = {HE: (STUDENT, ("image", "weight")), HE_IHC: (TEACHER, ("image", "partner", "weight"))}
