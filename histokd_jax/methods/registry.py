@@ -13,6 +13,7 @@ METHODS = {
     "supervised": "histokd_jax.methods.supervised.method",
     "ghanet": "histokd_jax.methods.ghanet.method",
     "survival_kd": "histokd_jax.methods.survival_kd.method",
+    "hmkd": "histokd_jax.methods.hmkd.method",
 }
 """Name -> module with `make_method(config, data) -> Method`, `default_config()` and `validate(config)`; optional are
 `TASKS`, the kinds of task it knows (all, if absent), and `CONTROL`, the settings (key -> value) of its control arm."""
