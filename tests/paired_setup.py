@@ -25,6 +25,20 @@ TINY = PairedSpec(
 NETWORKS = {"teacher": Teacher, "student": Student}
 
 
+# Programs that run once: LLVM's optimisations cost more than they save.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def once(function, *args):
+    """`function(*args)`, compiled quickly as one program."""
+    return jax.jit(function).lower(*args).compile(QUICK)(*args)
+
+
+def training(module, variables, *args):
+    """(outputs, new statistics) in training mode."""
+    return once(lambda v, *a: module.apply(v, *a, True, mutable=["batch_stats"]), variables, *args)
+
+
 def tiny(**changes):
     return dataclasses.replace(TINY, **changes)
 

@@ -105,7 +105,6 @@ BATCH = {
     "has_label": np.ones(4, bool),
     "has_partner": np.ones(4, bool),
 }
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +139,7 @@ def forward(folder, model, train, source="block_input"):
         def run(variables, *tiles):
             return network.apply(variables, *tiles, train, mutable=["batch_stats"])
 
-        compiled = jax.jit(run).lower(variables, *tiles(model)).compile(QUICK)
+        compiled = jax.jit(run).lower(variables, *tiles(model)).compile(setup.QUICK)
         return jax.tree.map(np.asarray, compiled(variables, *tiles(model)))
 
 
@@ -214,7 +213,7 @@ def gradient_norm(folder, model, source="block_input"):
             )[0]
         return objectives.objective(objectives.ObjectiveSpec(), stage2_outputs(found, teacher), BATCH)[0]
 
-    compiled = jax.jit(jax.grad(loss)).lower(variables["params"], *tiles(model)).compile(QUICK)
+    compiled = jax.jit(jax.grad(loss)).lower(variables["params"], *tiles(model)).compile(setup.QUICK)
     return float(optax.tree.norm(compiled(variables["params"], *tiles(model))))
 
 

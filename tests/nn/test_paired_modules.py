@@ -41,7 +41,8 @@ def test_backbone_block_equals_the_reference(train):
     tensors = ref.Tensors(state, train)
     expected = ref.block(tensors, "block_A0.0", x)
     own = part(setup.variables(state, "student"), "stream_a_0", "block_0")
-    found, new = Block(32, setup.TINY).apply(own, setup.last(x), train, mutable=["batch_stats"])
+    run = lambda v, x: Block(32, setup.TINY).apply(v, x, train, mutable=["batch_stats"])  # noqa: E731
+    found, new = setup.once(run, own, setup.last(x))
     close(found, expected)
     if train:
         moved = new["batch_stats"]["global"]["attention"]["norm"]["var"]
@@ -56,8 +57,7 @@ def test_teacher_cross_block_equals_the_reference_whole_and_in_blocks(gate, elem
     a, b = (setup.noise(s, 2 * 32 * 12).reshape(2, 32, 4, 3) for s in (5, 6))
     expected = ref.cross_block(ref.Tensors(state, True), "cross_attn_0", a, b, gate=gate)
     own = part(setup.variables(state, "teacher"), "cross_update_0")
-    args = (own, setup.last(a), setup.last(b), True)
-    found, _ = CrossBlock(32, spec).apply(*args, mutable=["batch_stats"])
+    found, _ = setup.training(CrossBlock(32, spec), own, setup.last(a), setup.last(b))
     for ours, theirs in zip(found, expected):
         close(ours, theirs)
 
@@ -68,7 +68,7 @@ def test_student_cross_block_equals_the_reference(source):
     x = setup.noise(5, 2 * 32 * 12).reshape(2, 32, 4, 3)
     expected = ref.self_block(ref.Tensors(state, True), "kd_cross_attn_0", x, source=source)
     own = part(setup.variables(state, "student"), "cross_update_0")
-    found, _ = SelfBlock(32, spec).apply(own, setup.last(x), True, mutable=["batch_stats"])
+    found, _ = setup.training(SelfBlock(32, spec), own, setup.last(x))
     for ours, theirs in zip(found, expected):
         close(ours, theirs)
 
@@ -81,10 +81,11 @@ def test_M1_sizes_of_the_multi_scale_groups():
 def test_M1_a_channel_reaches_its_own_group_and_no_further_than_its_kernel():
     module, x = MultiScale(6, setup.TINY), jnp.asarray(setup.noise(1, 9 * 9 * 6).reshape(1, 9, 9, 6))
     variables = module.init(jax.random.key(0), x)
-    before = module.apply(variables, x)
+    run = jax.jit(module.apply)
+    before = run(variables, x)
     groups, reach = (0, 0, 0, 1, 2, 3), (0, 0, 0, 1, 2, 3)
     for channel in range(6):
-        moved = np.asarray(module.apply(variables, x.at[0, 4, 4, channel].add(1.0)) - before)[0] != 0
+        moved = np.asarray(run(variables, x.at[0, 4, 4, channel].add(1.0)) - before)[0] != 0
         assert {groups[c] for c in np.flatnonzero(moved.any((0, 1)))} == {groups[channel]}
         rows = np.flatnonzero(moved.any((1, 2)))
         assert (rows.min(), rows.max()) == (4 - reach[channel], 4 + reach[channel])
@@ -98,44 +99,45 @@ def plane_inputs(height=3, width=4, c=5, maps=4, seed=0):
 
 def plane_variables(q, k, v, scale=1.0):
     module = PlaneAttention(setup.TINY)
-    variables = module.init(jax.random.key(1), q, k, v, False, True)
+    variables = setup.once(lambda key: module.init(key, q, k, v, False, True), jax.random.key(1))
     params = jax.tree.map(lambda x: 20 * scale * x if x.ndim == 4 else x, variables["params"])
-    return module, {**variables, "params": params}
+    run = jax.jit(lambda variables, q, k, v: module.apply(variables, q, k, v, False, True))
+    return run, {**variables, "params": params}
 
 
 def test_M2_column_m_of_the_map_multiplies_value_token_m():
     q, k, v = plane_inputs()
-    module, variables = plane_variables(q, k, v)
-    _, found = module.apply(variables, q, k, v, False, True)
+    run, variables = plane_variables(q, k, v)
+    _, found = run(variables, q, k, v)
     assert found.shape == (2, 12, 12)
     for m in (0, 7):
         hot = jnp.zeros_like(v).at[:, m].set(1.0)
-        out, _ = module.apply(variables, q, k, hot, False, True)
+        out, _ = run(variables, q, k, hot)
         np.testing.assert_allclose(out, np.asarray(found[:, :, m])[..., None] * np.ones(5), rtol=1e-12)
     assert np.abs(found - jnp.swapaxes(found, 1, 2)).max() > 1e-3
 
 
-def permuted_difference(module, variables, q, k, v):
+def permuted_difference(run, variables, q, k, v):
     order = np.random.default_rng(2).permutation(q.shape[1])
-    out, _ = module.apply(variables, q, k, v, False, True)
-    again, _ = module.apply(variables, *(x[:, order] for x in (q, k, v)), False, True)
+    out, _ = run(variables, q, k, v)
+    again, _ = run(variables, *(x[:, order] for x in (q, k, v)))
     return float(jnp.abs(again - out[:, order]).max() / jnp.abs(out).max())
 
 
 def test_M3_only_identity_filters_make_it_permutation_equivariant():
     q, k, v = plane_inputs()
-    module, variables = plane_variables(q, k, v)
-    assert permuted_difference(module, variables, q, k, v) > 1e-2
+    run, variables = plane_variables(q, k, v)
+    assert permuted_difference(run, variables, q, k, v) > 1e-2
     params = dict(variables["params"])
     params["mix"] = jnp.zeros_like(params["mix"]).at[1, 1].set(jnp.eye(4))
     params["collapse"] = jnp.zeros_like(params["collapse"]).at[1, 1].set(0.25)
-    assert permuted_difference(module, {**variables, "params": params}, q, k, v) < 1e-12
+    assert permuted_difference(run, {**variables, "params": params}, q, k, v) < 1e-12
 
 
 def test_M4_rows_of_the_map_do_not_sum_to_one_and_are_signed():
     q, k, v = plane_inputs()
-    module, variables = plane_variables(q, k, v)
-    _, found = module.apply(variables, q, k, v, False, True)
+    run, variables = plane_variables(q, k, v)
+    _, found = run(variables, q, k, v)
     assert float(found.min()) < 0 < float(found.max())
     assert np.abs(np.asarray(found.sum(-1)) - 1.0).max() > 0.1
 
@@ -157,8 +159,9 @@ def swapped(tree):
 def teacher():
     with jax.enable_x64(True):
         variables = setup.variables(setup.tiny_state("teacher"), "teacher")
-        run = jax.jit(setup.NETWORKS["teacher"](setup.TINY).apply)
-        return variables, run, setup.last(setup.tile(11)), setup.last(setup.tile(12))
+        tiles = setup.last(setup.tile(11)), setup.last(setup.tile(12))
+        run = jax.jit(setup.NETWORKS["teacher"](setup.TINY).apply).lower(variables, *tiles).compile(setup.QUICK)
+        return variables, run, *tiles
 
 
 def test_M5_swapping_inputs_and_streams_changes_nothing_but_the_names_of_the_maps(teacher):
@@ -192,7 +195,7 @@ def _is_cross_value(path):
 def test_M7_both_sources_of_the_students_ffn_agree_without_an_attention_update():
     x = setup.last(setup.tile(11))
     variables = setup.variables(setup.tiny_state("student"), "student")
-    runs = [setup.NETWORKS["student"](setup.tiny(cross_ffn_source=s)).apply for s in FFN_SOURCES]
+    runs = [jax.jit(setup.NETWORKS["student"](setup.tiny(cross_ffn_source=s)).apply) for s in FFN_SOURCES]
 
     def difference(variables):
         return float(jnp.abs(runs[0](variables, x)["logits"] - runs[1](variables, x)["logits"]).max())
@@ -226,7 +229,7 @@ def test_initial_kernels_have_the_stated_spread_and_everything_else_is_one_or_ze
     kernel = np.asarray(normal(0.02)(jax.random.key(0), (32, 32, 3, 48)))
     assert abs(kernel.std() - 0.02) < 1e-4 and abs(kernel.mean()) < 2e-4
     tiles = jnp.zeros((2, 16, 16, 3))
-    variables = setup.NETWORKS["student"](setup.TINY).init(jax.random.key(0), tiles)
+    variables = setup.once(lambda key: setup.NETWORKS["student"](setup.TINY).init(key, tiles), jax.random.key(0))
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         name = path[-1].key
         if name in ("kernel", "mix", "collapse"):

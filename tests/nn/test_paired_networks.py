@@ -99,8 +99,8 @@ def test_S3_a_side_of_224_is_refused_with_the_least_one(model):
 
 
 def run(model, spec, variables, tiles, train=False):
-    apply = jax.jit(setup.NETWORKS[model](spec).apply, static_argnames=("train", "mutable"))
-    return apply(variables, *tiles, train=True, mutable=("batch_stats",)) if train else (apply(variables, *tiles), {})
+    network = setup.NETWORKS[model](spec)
+    return setup.training(network, variables, *tiles) if train else (setup.once(network.apply, variables, *tiles), {})
 
 
 @pytest.mark.parametrize("model", ["teacher", "student"])
@@ -131,7 +131,6 @@ def test_S5_every_parameter_receives_a_gradient(model):
     variables = setup.variables(setup.tiny_state(model), model, dtype=jnp.float32)
     label = jnp.arange(4)
 
-    @jax.jit
     def gradient(params):
         def loss(params):
             found, _ = setup.NETWORKS[model](setup.TINY).apply(
@@ -143,7 +142,7 @@ def test_S5_every_parameter_receives_a_gradient(model):
 
         return jax.grad(loss)(params)
 
-    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient(variables["params"])):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(setup.once(gradient, variables["params"])):
         names = [p.key for p in path]
         assert np.isfinite(leaf).all(), names
         # A constant in front of a batch norm has no effect.
