@@ -4,6 +4,7 @@
 accumulates in float32 (float64 for float64 input). A loss that couples the batch says so and needs b >= 2.
 """
 
+from histokd_jax.losses.attention_maps import attention_map_distance, cosine_distance, logit_kl
 from histokd_jax.losses.classification import correct, cross_entropy
 from histokd_jax.losses.contrastive import infonce_loss
 from histokd_jax.losses.hints import at_loss, fitnet_loss
@@ -23,9 +24,11 @@ from histokd_jax.losses.survival_distillation import (
 __all__ = [
     "at_loss",
     "at_risk_mask",
+    "attention_map_distance",
     "ce_survival",
     "coral_loss",
     "correct",
+    "cosine_distance",
     "cox_loss",
     "cross_entropy",
     "event_distribution_kl",
@@ -33,6 +36,7 @@ __all__ = [
     "hazard_kl",
     "infonce_loss",
     "log_survival",
+    "logit_kl",
     "mean_covariance",
     "mutual_kl",
     "nll_survival",

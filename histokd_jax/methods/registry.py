@@ -14,6 +14,7 @@ METHODS = {
     "ghanet": "histokd_jax.methods.ghanet.method",
     "survival_kd": "histokd_jax.methods.survival_kd.method",
     "image_classifier": "histokd_jax.methods.image_classifier.method",
+    "hmkd": "histokd_jax.methods.hmkd.method",
 }
 """Name -> module with `make_method(config, data) -> Method`, `default_config()` and `validate(config)`; optional are
 `TASKS`, the kinds of task it knows (all, if absent), `CONTROL`, the settings (key -> value) of its control arm, and

@@ -20,7 +20,9 @@ from data_pipelines.reader import BagReader
 from data_pipelines.splits import CORRECTED, Split, make_folds, read_folds, split_fingerprint
 from histokd_jax.tasks import Tables, Targets, Task, get_task
 from histokd_jax.train import cluster_choice, gene_choice, teacher_table
+from histokd_jax.train.feed import make_feeder
 from histokd_jax.train.gene_choice import CNV, GENE_FIELDS, Selection
+from histokd_jax.train.step_shapes import check_mesh, share_shapes
 from histokd_jax.types import DataSpec, Method
 
 __all__ = ["Experiment", "FoldData", "check_mesh", "check_selection", "check_width", "find_tables", "fold_data"]

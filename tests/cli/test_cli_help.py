@@ -12,7 +12,7 @@ WORDS = {
     "demo": ("simulated cohort", "--workdir", "--smoke", "default: runs/demo"),
     "simulate": ("--out", "--set", "FIELD=VALUE", "--labels", "real genes and labels, simulated bags"),
     "import": ("CLAM, TRIDENT, STAMP", "--case-regex", "--format", "quarantine.csv", "--level0-mpp", "Exit code"),
-    "pairs": ("H&E tile and its partner", "--partner-folder", "--label-regex", "--resize", "quarantine.csv", "Exit code"),
+    "pairs": ("H&E tile and its partner", "--partner-folder", "--label-regex", "--resize", "in quarantine"),
     "validate": ("--tables", "--splits", "--json", "--accept", "a training would be wrong"),
     "splits": ("--site-preserved", "--survival", "--task", "all slides of a patient together"),
     "train": ("--config", "--workdir", "--config.KEY=VALUE", "continues an interrupted run", "--coordinator"),
