@@ -173,5 +173,7 @@ class ClassificationTask:
         return summaries.print_table(summary)
 
     def measure(self) -> ablation.Measure:
-        """AUROC, average precision, balanced accuracy."""
-        return ablation.CLASSIFICATION
+        """AUROC, average precision, balanced accuracy; in front of them the selecting metric and accuracy, if other."""
+        first = () if self.select_by == "auroc" else (self.select_by, "accuracy")
+        names = tuple(dict.fromkeys((*first, *ablation.CLASSIFICATION.names)))
+        return dataclasses.replace(ablation.CLASSIFICATION, names=names)

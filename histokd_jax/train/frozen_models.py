@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -84,6 +84,26 @@ def read(cfg: ConfigDict, spec: DataSpec, fold: int) -> Frozen:
             groups[group]["batch_stats"] = extra[group]
         identity[f"frozen {group}"] = params_hash(jax.device_get(groups[group]))
     return Frozen(groups, identity)
+
+
+def precompute(
+    cfg: ConfigDict,
+    spec: DataSpec,
+    groups: Mapping[str, Any],
+    batches: Callable[[], Iterable[Mapping[str, Any]]],
+    examples: int,
+) -> Mapping[str, Any]:
+    """What `Method.forward` gets as `frozen`: the networks, or their outputs if the method caches them.
+
+    Args:
+      cfg: resolved configuration.
+      spec: of the data.
+      groups: from `read`.
+      batches: gives one pass over the training examples.
+      examples: in the whole data set.
+    """
+    own = getattr(registry.method_module(cfg.method), "precompute", None)
+    return groups if own is None or not groups else own(cfg, spec, groups, batches, examples)
 
 
 def marks(cfg: ConfigDict, fold: int, split_hash: str) -> tuple[str, ...]:

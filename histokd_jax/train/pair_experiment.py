@@ -7,7 +7,7 @@ The counterpart of `experiment`, which does the same for bags; both give the tra
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from data_pipelines.pairs.cohort import has_official_parts, labelled_rows, offic
 from data_pipelines.pairs.manifest import PairManifest
 from data_pipelines.pairs.reader import PairReader
 from data_pipelines.pairs.steps import IMAGE, NO_PARTNER, VECTOR, PairSource, plan_evaluation, plan_training
+from data_pipelines.pipeline import make_eval_dataset
 from data_pipelines.splits import CORRECTED, Split, make_folds, read_folds, split_fingerprint
 from histokd_jax.tasks import Task, get_task
 from histokd_jax.train import frozen_models, sharding
@@ -185,6 +186,14 @@ def make_source(reader: PairReader, cohort: Cohort, rows: np.ndarray, partner: s
     label = cohort.label[rows]
     fields = {schema.LABEL: np.maximum(label, 0), schema.HAS_LABEL: label >= 0}
     return PairSource(reader, SlideTable(cohort.slide_index[rows], fields), plan, partner)
+
+
+def training_pass(experiment: PairExperiment, data: FoldData) -> Iterable[Mapping[str, np.ndarray]]:
+    """Host batches that hold every training example once, with its partner."""
+    rows, batch = data.split.train, data.train.plan.num_slots
+    plan = plan_evaluation(len(rows), batch)
+    source = make_source(experiment.reader, experiment.cohort, rows, data.train.partner, plan)
+    return make_eval_dataset(source, num_threads=experiment.cfg.data.threads)
 
 
 def share_shapes(folds: list[FoldData]) -> list[FoldData]:

@@ -69,11 +69,11 @@ def train(cfg: ConfigDict, workdir: pathlib.Path, command: Sequence[str] = ()) -
         workdir.mkdir(parents=True, exist_ok=True)
     cohorts = CohortCache()
     with StopRequest() if distributed.is_alone() else distributed.AgreedStop() as stop:
-        result = _arm(experiment, numbers, workdir, command, stop, "student + distillation", cohorts)
+        result = train_arm(experiment, numbers, workdir, command, stop, "student + distillation", cohorts)
         control = control_config(cfg)
         if control is not None:
             other = dataclasses.replace(experiment, cfg=control)
-            _arm(other, numbers, workdir / "control", command, stop, "control (all weights 0)", cohorts)
+            train_arm(other, numbers, workdir / "control", command, stop, "control (all weights 0)", cohorts)
     return result
 
 
@@ -142,7 +142,15 @@ class Arm:
     def job(self, fold: int, programs: Programs, feeder: Feeder) -> loop.Job:
         """The training of one fold."""
         cfg, data = self.experiment.cfg, self.folds[fold]
-        frozen = frozen_models.read(cfg, self.experiment.data_spec(_fields(cfg), fold), fold)
+        spec = self.experiment.data_spec(_fields(cfg), fold)
+        frozen = frozen_models.read(cfg, spec, fold)
+        groups = frozen_models.precompute(
+            cfg,
+            spec,
+            frozen.groups,
+            lambda: data_kinds.training(cfg).training_pass(self.experiment, data),
+            len(self.experiment.cohort),
+        )
         return loop.Job(
             cfg=cfg,
             programs=programs,
@@ -153,7 +161,7 @@ class Arm:
             directory=self.directory / f"fold_{fold}",
             identity={**identity(cfg, data), **feeder.identity, **frozen.identity},
             title=f"{cfg.task} {self.title}, fold {fold}",
-            frozen=programs.whole(frozen.groups),
+            frozen=programs.whole(groups),
         )
 
 
@@ -226,7 +234,7 @@ def close_arm(arm: Arm) -> dict[str, Any]:
     return write_summary(arm.directory, task, joined["test"], arm.experiment.cfg, arm.facts)
 
 
-def _arm(
+def train_arm(
     experiment: Experiment,
     numbers: Sequence[int],
     directory: pathlib.Path,
@@ -235,6 +243,24 @@ def _arm(
     title: str,
     cohorts: CohortCache,
 ) -> dict[str, Any]:
+    """Trains the folds of one run directory that are not finished, and writes its summary.
+
+    Args:
+      experiment: data set, cohort, splits and resolved configuration.
+      numbers: folds to train.
+      directory: the run directory.
+      command: the command line.
+      stop: request to stop.
+      title: shown on progress bars.
+      cohorts: cohorts in device memory, kept between arms.
+
+    Returns:
+      The summary.
+
+    Raises:
+      Interrupted: a signal arrived; a checkpoint was written.
+      DivergedError: a loss became NaN or infinite.
+    """
     cfg, kind = experiment.cfg, data_kinds.training(experiment.cfg)
     methods = make_methods(experiment, numbers)
     planned = kind.share_shapes([kind.fold_data(experiment, k, methods[k]) for k in numbers])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -11,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from histokd_jax.methods.hmkd import images
+from histokd_jax.methods.hmkd import cache, images
 from histokd_jax.methods.hmkd import objective as objectives
 from histokd_jax.methods.hmkd.config import (
+    CACHED,
     CORRECTED,
     FAITHFUL,
     WEIGHTS,
@@ -40,6 +42,7 @@ __all__ = [
     "TASKS",
     "default_config",
     "make_method",
+    "precompute",
     "validate",
 ]
 
@@ -235,6 +238,30 @@ def make_run(config: ml_collections.ConfigDict, data: DataSpec) -> _HmKd:
         distils=taught,
         loss_scale=config.loss.scale if config.train.compute_dtype == "float16" else 1.0,
     )
+
+
+def precompute(
+    config: ml_collections.ConfigDict,
+    data: DataSpec,
+    frozen: Mapping[str, Any],
+    batches: Callable[[], Iterable[Mapping[str, Any]]],
+    examples: int,
+) -> dict[str, Any]:
+    """What stands for the frozen teacher in `forward`: itself, or (distill.schedule = cached) a table of its outputs.
+
+    Args:
+      config: with the keys of `default_config`.
+      data: as for `make_method`.
+      frozen: "teacher" -> {"params", "batch_stats"}.
+      batches: gives one pass over the training examples.
+      examples: in the whole data set.
+    """
+    if config.distill.schedule != CACHED:
+        return dict(frozen)
+    run = make_run(config, data)
+    ask = jax.jit(cache.variant_outputs(run.networks[TEACHER], run.flip_mode, run.objective_spec.teacher_outputs()))
+    table = cache.fill_table(functools.partial(ask, frozen[TEACHER]), batches(), examples)
+    return {TEACHER_OUTPUTS: table}
 
 
 def make_method(config: ml_collections.ConfigDict, data: DataSpec) -> Method:
