@@ -60,7 +60,7 @@ def _facts(workdir: pathlib.Path) -> dict:
     import json
 
     from histokd_jax.tasks import get_task
-    from histokd_jax.train.run import summary_facts
+    from histokd_jax.train.run_summary import summary_facts
     from histokd_jax.utils import config
 
     path = workdir / "run_manifest.json"
@@ -71,7 +71,7 @@ def _facts(workdir: pathlib.Path) -> dict:
 
 
 def _resampling(cfg, bootstrap: int | None) -> dict:
-    from histokd_jax.train.run import resampling
+    from histokd_jax.train.run_summary import resampling
 
     options = resampling(cfg)
     return options if bootstrap is None else {**options, "bootstrap": bootstrap}

@@ -19,10 +19,9 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from data_pipelines.atomic import storage_errors
-from histokd_jax.evals import summary as summaries
 from histokd_jax.evals.predictions import atomic_writer
 from histokd_jax.methods import registry
-from histokd_jax.tasks import Table, Task, get_task
+from histokd_jax.tasks import Table, get_task
 from histokd_jax.train import (
     data_kinds,
     distributed,
@@ -39,6 +38,7 @@ from histokd_jax.train.experiment import Experiment, FoldData
 from histokd_jax.train.feed import Feeder
 from histokd_jax.train.programs import Programs
 from histokd_jax.train.resident import CohortCache
+from histokd_jax.train.run_summary import write_summary
 from histokd_jax.train.signals import StopRequest
 from histokd_jax.types import Method
 from histokd_jax.utils import config as config_utils
@@ -142,15 +142,7 @@ class Arm:
     def job(self, fold: int, programs: Programs, feeder: Feeder) -> loop.Job:
         """The training of one fold."""
         cfg, data = self.experiment.cfg, self.folds[fold]
-        spec = self.experiment.data_spec(_fields(cfg), fold)
-        frozen = frozen_models.read(cfg, spec, fold)
-        groups = frozen_models.precompute(
-            cfg,
-            spec,
-            frozen.groups,
-            lambda: data_kinds.training(cfg).training_pass(self.experiment, data),
-            len(self.experiment.cohort),
-        )
+        frozen = frozen_models.read(cfg, self.experiment.data_spec(_fields(cfg), fold), fold)
         return loop.Job(
             cfg=cfg,
             programs=programs,
@@ -161,8 +153,20 @@ class Arm:
             directory=self.directory / f"fold_{fold}",
             identity={**identity(cfg, data), **feeder.identity, **frozen.identity},
             title=f"{cfg.task} {self.title}, fold {fold}",
-            frozen=programs.whole(groups),
+            frozen=frozen.groups,
         )
+
+    def ready(self, job: loop.Job) -> loop.Job:
+        """The same training with its frozen networks, or their outputs, on every device."""
+        cfg, data = self.experiment.cfg, job.data
+        groups = frozen_models.precompute(
+            cfg,
+            self.experiment.data_spec(_fields(cfg), job.fold),
+            job.frozen,
+            lambda: data_kinds.training(cfg).training_pass(self.experiment, data),
+            len(self.experiment.cohort),
+        )
+        return dataclasses.replace(job, frozen=job.programs.whole(groups))
 
 
 def make_method(experiment: Experiment, fold: int = 0) -> Method:
@@ -274,32 +278,8 @@ def train_arm(
     for k in numbers:
         job = arm.job(k, programs[id(methods[k])], feeder)
         if not is_finished(job):
-            finish_fold(job, experiment, loop.fit(job, stop))
+            finish_fold(job, experiment, loop.fit(arm.ready(job), stop))
     return close_arm(arm)
-
-
-def write_summary(
-    directory: pathlib.Path, task: Task, test: Table, cfg: ConfigDict, manifest: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Computes and writes summary.json of an arm."""
-    reference = task.read_reference(directory, test.folds)
-    summary = task.summarise(test, reference, summary_facts(task, manifest), resampling(cfg))
-    if distributed.is_main():
-        summaries.write_summary(directory / "summary.json", summary)
-    return summary
-
-
-def summary_facts(task: Task, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of run_manifest.json that the summary repeats."""
-    marks = {"marks": manifest["marks"]} if manifest.get("marks") else {}
-    return {**{key: manifest[key] for key in task.summary_facts}, **marks}
-
-
-def resampling(cfg: ConfigDict) -> dict[str, Any]:
-    """How the intervals of a run are drawn: options of `Task.summarise`."""
-    # With every sample a slide of its own (spots of one patient), patients cannot be resampled.
-    unit = "slide" if cfg.data.unit == "slide" else "patient"
-    return {"bootstrap": cfg.report.bootstrap, "seed": cfg.seed, "unit": unit}
 
 
 def _fields(cfg: ConfigDict) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ from histokd_jax.train.experiment import Experiment, FoldData, fold_data
 from histokd_jax.train.feed import Feeder, StreamFeeder
 from histokd_jax.train.loop import Fit, Job
 from histokd_jax.train.replica_loop import Replica, failure, fit_group
+from histokd_jax.train.run_summary import resampling
 from histokd_jax.train.signals import StopRequest
 from histokd_jax.types import Method
 from histokd_jax.utils import config as config_utils
@@ -195,7 +196,7 @@ def write_table(sweep: Sweep, workdir: pathlib.Path, failed: Mapping[str, str]) 
     """Compares all settings on what they predicted; writes table.md, table.csv and table.json."""
     first = sweep.experiments[sweep.reference]
     cfg, manifest = first.cfg, first.manifest
-    options = run.resampling(cfg)
+    options = resampling(cfg)
     runs = {name: _predictions(sweep, workdir / name) for name in sweep.experiments}
     if not runs[sweep.reference]:
         raise ValueError(
