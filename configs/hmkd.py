@@ -133,7 +133,7 @@ def _refuse_contradictions(given: dict) -> None:
 
 def _model(cfg) -> None:
     """Networks, losses and data: the part that only this method reads."""
-    cfg.data.kind = "pairs"
+    common.image_pairs(cfg)
     cfg.data.flip_mode = "independent"  # paired: both stains alike | none
     cfg.model = dict(MODEL)
     cfg.norm = dict(running_var="unbiased")  # or biased
