@@ -9,8 +9,9 @@ import pytest
 
 from data_pipelines.pairs.simulate import PairSpec, simulate_pairs
 from histokd_jax import inference
+from histokd_jax.cli.main import main
 from histokd_jax.evals.predictions import read_predictions
-from histokd_jax.train import frozen_models, model_dir, run
+from histokd_jax.train import frozen_models, model_dir, pair_attention, run
 from histokd_jax.train.checkpoint import CheckpointMismatchError
 from histokd_jax.utils import config
 
@@ -95,3 +96,17 @@ def test_the_selected_epoch_keeps_its_own_running_statistics(pairs_dir, tmp_path
     assert monitor[best] == max(monitor) and best == monitor.index(max(monitor))
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["modes"]["he+ihc"]["metrics"]["weighted_f1"]["mean"] == pytest.approx(monitor[best], abs=1e-6)
+
+
+def test_attention_of_teacher_and_student_is_written_and_drawn_side_by_side(two_stage, pairs_dir, tmp_path):
+    arguments = ["--model", str(two_stage), "--data", str(pairs_dir), "--out", str(tmp_path / "p.csv")]
+    more = ["--attention", str(tmp_path / "a"), "--pictures", str(tmp_path / "b"), "--picture-count", "2"]
+    assert main(["predict", *arguments, *more]) == 0
+    files = sorted((tmp_path / "a").iterdir())
+    assert len(files) == 24
+    rows = np.loadtxt(files[0], delimiter=",", skiprows=1)
+    assert rows.shape == (64, 3) and rows[:, 2].sum() == pytest.approx(1.0, abs=1e-5)
+    pictures = sorted((tmp_path / "b").iterdir())
+    assert len(pictures) == 2 and pictures[0].read_bytes()[:4] == b"\x89PNG"
+    shown = pair_attention.attend_all(two_stage / "fold_0/model", pairs_dir, 1)[0]
+    assert set(shown.maps) == {"he", "he+ihc"} and shown.partner.shape == (64, 64, 3)
