@@ -101,8 +101,8 @@ def partner_of(cfg: ConfigDict, manifest: PairManifest) -> str:
     if wanted != AUTO:
         if not {IMAGE: manifest.partner, VECTOR: manifest.vector_size, NO_PARTNER: True}[wanted]:
             raise ValueError(
-                f"data.partner={wanted}, but data set {manifest.name} has no partner {wanted}s: write it again with them "
-                "(`histokd pairs`)"
+                f"data.partner={wanted}, but data set {manifest.name} has no partner {wanted}s: write it again with "
+                "them (`histokd pairs`)"
             )
         return wanted
     if manifest.partner and manifest.vector_size:
