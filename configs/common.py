@@ -127,7 +127,6 @@ def image_pairs(cfg: ConfigDict) -> None:
     cfg.data.partner = "auto"  # auto: what the data set has | image | vector | none
     cfg.data.official_split = True  # parts that came with the data set; False: folds by group (split.n_folds)
     cfg.data.feat_dim = 0
-    cfg.task = "grade"
     cfg.train.sampler = "uniform"
     # Any metric of the summary; on the validation part (split.protocol=published: the reported one).
     cfg.early_stop.monitor = "weighted_f1"

@@ -81,8 +81,8 @@ TERMS = {"kl": "loss.kd_weight", "attention": "loss.at_weight", "cosine": "loss.
 SMOKE = {
     "model.widths": (32, 40, 48, 64),
     "model.stem_patch": 8,
-    "model.teacher_depths": (1, 1, 1, 1),
-    "model.student_depths": (1, 1, 1, 1),
+    "model.teacher_depths": (1, 0, 0, 0),
+    "model.student_depths": (1, 0, 0, 0),
     "model.mlp_ratio": 2,
     "model.head_hidden": 16,
     "train.max_epochs": 2,
@@ -99,7 +99,6 @@ def get_config(arg: str = ""):
     given = common.parse_arg(arg, WORDS, {"fold": common.fold_value, "task": str, "seed": int})
     _refuse_contradictions(given)
     cfg = common.base()
-    common.image_pairs(cfg)
     cfg.method, cfg.seed = "hmkd", 42
     _model(cfg)
     common.override(cfg, TRAINING)
@@ -131,6 +130,7 @@ def _refuse_contradictions(given: dict) -> None:
 
 def _model(cfg) -> None:
     """Networks, losses and data: the part that only this method reads."""
+    common.image_pairs(cfg)
     cfg.data.flip_mode = "independent"  # paired: both stains alike | none
     cfg.model = dict(MODEL)
     cfg.norm = dict(running_var="unbiased")  # or biased

@@ -20,7 +20,7 @@ def get_config(arg: str = ""):
         raise ValueError(f"config argument names several inputs: {', '.join(named)}; give one")
     cfg = common.base()
     common.image_pairs(cfg)
-    cfg.method = "image_classifier"
+    cfg.method, cfg.task = "image_classifier", "grade"
     cfg.model = dict(inputs=named[0] if named else "image", widths=(16, 32, 64, 128), groups=4)
     common.override(
         cfg,

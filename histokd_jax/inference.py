@@ -18,7 +18,7 @@ from data_pipelines.cohort import Cohort
 from data_pipelines.manifest import Manifest
 from data_pipelines.pipeline import make_eval_dataset
 from histokd_jax.tasks import Table, get_task
-from histokd_jax.train import data_kinds, evaluate, model_dir, sharding
+from histokd_jax.train import data_kinds, evaluate, model_dir, pair_attention, sharding
 from histokd_jax.train.new_bags import make_source, open_cohort
 from histokd_jax.utils import config as config_utils
 
@@ -88,6 +88,8 @@ def _drop_text(cohort: Cohort) -> str:
 def export_attention(folder: pathlib.Path, data: pathlib.Path, mode: str, out: pathlib.Path) -> list[pathlib.Path]:
     """Writes one CSV per slide: x, y (level-0 pixels, -1 if the data set has no coordinates) and attention.
 
+    Of models that read whole images: one CSV per image, with row and column of the token.
+
     Args:
       folder: a model folder.
       data: data set directory.
@@ -99,7 +101,7 @@ def export_attention(folder: pathlib.Path, data: pathlib.Path, mode: str, out: p
     """
     model = model_dir.load(folder, mode)
     if data_kinds.kind_of(model.cfg) != data_kinds.BAGS:
-        raise ValueError("attention per patch exists for bags only; this model reads whole images")
+        return pair_attention.write_tables(pair_attention.attend(folder, data, mode), out)
     reader, cohort, genes = open_cohort(data, model, mode)
     source = make_source(reader, cohort, genes, model, mode, with_coords=True)
     mesh = sharding.make_mesh(1)

@@ -29,7 +29,9 @@ from histokd_jax.evals.predictions import UNLABELLED, Predictions, atomic_writer
 FORMAT_VERSION = 1
 LEVEL = 0.95
 UNITS = ("patient", "slide")
-MARKS = {"simulated": "simulated bags", "patient_overlap": "within one patient, across sections"}
+SIMULATED = {"bags": "simulated bags", "pairs": "simulated images"}
+"""What a simulation made, by `data_kind` of a run (absent: bags)."""
+MARKS = {"simulated": SIMULATED["bags"], "patient_overlap": "within one patient, across sections"}
 LABELS = {
     "auroc": "AUROC",
     "average_precision": "Average precision",
@@ -185,7 +187,8 @@ def verdict(difference: float, low: float, high: float, *, lower_is_better: bool
 
 def marks(summary: Mapping[str, Any]) -> list[str]:
     """What must be said about the data beside every number of a summary."""
-    own = [text for key, text in MARKS.items() if summary.get(key)]
+    texts = {**MARKS, "simulated": SIMULATED[summary.get("data_kind", "bags")]}
+    own = [text for key, text in texts.items() if summary.get(key)]
     return own[::-1] + list(summary.get("marks", ()))
 
 

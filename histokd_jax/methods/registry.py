@@ -19,7 +19,8 @@ METHODS = {
 """Name -> module with `make_method(config, data) -> Method`, `default_config()` and `validate(config)`; optional are
 `TASKS`, the kinds of task it knows (all, if absent), `CONTROL`, the settings (key -> value) of its control arm, and
 `FROZEN`, parameter groups that may be read from a finished run (group -> configuration key of its folder), with
-`precompute(config, data, frozen, batches, examples)`, which may replace them by their outputs."""
+`UNFROZEN`, settings under which the run would train them itself, and `precompute(config, data, frozen, batches,
+examples)`, which may replace them by their outputs."""
 
 
 def method_module(name: str) -> ModuleType:

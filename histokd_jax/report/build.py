@@ -12,7 +12,17 @@ from histokd_jax.evals.predictions import atomic_writer
 from histokd_jax.evals.summary import compare
 from histokd_jax.report import classes, plots, results, survival_results
 from histokd_jax.report.html import Body, Cell, Html, Part, element, join, page, section, table
-from histokd_jax.report.run_dir import CLASSIFICATION, OVERLAP, SIMULATED, SURVIVAL, Run, flatten, lambdas, load_run
+from histokd_jax.report.run_dir import (
+    CLASSIFICATION,
+    OVERLAP,
+    SIMULATED,
+    SIMULATED_IMAGES,
+    SURVIVAL,
+    Run,
+    flatten,
+    lambdas,
+    load_run,
+)
 from histokd_jax.report.training import training_figures
 
 BANNERS = {
@@ -20,6 +30,11 @@ BANNERS = {
         "Simulated bags. ",
         "The patch embeddings behind every number here were generated, not extracted from slides. The numbers show how "
         "the software behaves; they say nothing about patients.",
+    ),
+    SIMULATED_IMAGES: (
+        "Simulated images. ",
+        "The images behind every number here were drawn by a program. The numbers show how the software behaves; they "
+        "say nothing about patients.",
     ),
     OVERLAP: (
         "Within one patient, across sections. ",

@@ -237,7 +237,7 @@ def _plain_words(run: Run, comparison: Mapping[str, Any]) -> list[str]:
     mode = run.headline_mode if run.headline_mode in comparison["modes"] else next(iter(comparison["modes"]))
     row = comparison["modes"][mode]["metrics"]["auroc"]
     simulated = (
-        " These are simulated bags: the number describes the simulation, not patients."
+        f" These are {run.marks[0]}: the number describes the simulation, not patients."
         if (run.manifest["simulated"])
         else ""
     )

@@ -73,6 +73,8 @@ def read(cfg: ConfigDict, spec: DataSpec, fold: int) -> Frozen:
         if facts["method"] != cfg.method:
             raise CheckpointMismatchError(f"{folder} holds a model of {facts['method']}, expected {cfg.method}")
         like = _as_if_trained(cfg, spec, group)
+        if group not in jax.eval_shape(like.init, jax.random.key(0))[0]:
+            continue  # Nothing is distilled, e.g. in the control arm.
         try:
             params, extra = model_dir.read_groups(folder, facts, like, [group])
         except CheckpointMismatchError as error:
@@ -114,7 +116,7 @@ def marks(cfg: ConfigDict, fold: int, split_hash: str) -> tuple[str, ...]:
 
 def _as_if_trained(cfg: ConfigDict, spec: DataSpec, group: str):
     """The method of the same configuration if it trained the network itself: gives its shapes."""
-    key = registry.method_module(cfg.method).FROZEN[group]
+    module = registry.method_module(cfg.method)
     own = ConfigDict(cfg.to_dict())
-    own.update_from_flattened_dict({key: ""})
+    own.update_from_flattened_dict({module.FROZEN[group]: "", **getattr(module, "UNFROZEN", {})})
     return registry.get_method(cfg.method)(own.lock(), spec)

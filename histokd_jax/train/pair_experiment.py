@@ -163,6 +163,7 @@ def fold_data(experiment: PairExperiment, fold: int, method: Method) -> FoldData
     # Every mode is evaluated in one pass, so the pass holds what any of them reads.
     fields = {field for mode in method.modes for field in mode.fields}
     partner = train_partner if _needs_partner(fields) else NO_PARTNER
+    _check_partners(experiment.manifest, cohort, split, fold, partner)
     evaluation = {
         part: make_source(experiment.reader, cohort, rows, partner, plan_evaluation(len(rows), cfg.train.b))
         for part in ("val", "test")
@@ -227,6 +228,21 @@ def make_feeder(cfg: ConfigDict, mesh: Mesh, sources: Sequence[PairSource], cach
 
 def _needs_partner(fields: Collection[str]) -> bool:
     return schema.PARTNER in fields
+
+
+def _check_partners(manifest: PairManifest, cohort: Cohort, split: Split, fold: int, partner: str) -> None:
+    """A mode that reads partners can only be evaluated on examples that have one."""
+    if partner == NO_PARTNER:
+        return
+    has = "has_partner" if partner == IMAGE else "has_vector"
+    for part in ("val", "test"):
+        lacking = [row for row in getattr(split, part) if not getattr(manifest.examples[cohort.slide_index[row]], has)]
+        if lacking:
+            raise ValueError(
+                f"fold {fold}: {len(lacking)} examples of the {part} part have no partner {partner} (first "
+                f"{cohort.slide_id[lacking[0]]}), which a mode that is evaluated reads: leave them out with `histokd "
+                "pairs --missing-partner quarantine`, or give official parts that keep them in training"
+            )
 
 
 def _check_classes(cohort: Cohort, split: Split, fold: int) -> None:

@@ -26,8 +26,8 @@ def write_summary(
 
 def summary_facts(task: Task, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of run_manifest.json that the summary repeats."""
-    marks = {"marks": manifest["marks"]} if manifest.get("marks") else {}
-    return {**{key: manifest[key] for key in task.summary_facts}, **marks}
+    optional = {key: manifest[key] for key in ("marks", "data_kind") if manifest.get(key)}
+    return {**{key: manifest[key] for key in task.summary_facts}, **optional}
 
 
 def resampling(cfg: ConfigDict) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from data_pipelines.atomic import storage_errors
-from histokd_jax.evals import ablation
+from histokd_jax.evals import ablation, summary
 from histokd_jax.evals.predictions import atomic_writer
 from histokd_jax.tasks import Table
 from histokd_jax.train import (
@@ -205,7 +205,7 @@ def write_table(sweep: Sweep, workdir: pathlib.Path, failed: Mapping[str, str]) 
         )
     measure = first.task.measure()
     table = ablation.ablation_table(runs, sweep.reference, measure=measure, **options)
-    marks = ["simulated bags"] if manifest.simulated else []
+    marks = [summary.SIMULATED[data_kinds.kind_of(cfg)]] if manifest.simulated else []
     marks += ["within one patient, across sections"] if any(s.patient_overlap for s in first.folds) else []
     marks += [mark for mark in _marks_of_runs(sweep, workdir) if mark not in marks]
     facts = {

@@ -106,6 +106,7 @@ def test_predictions_are_keyed_by_example_and_group(trained, pairs_dir):
 
 def test_the_report_shows_confusion_and_every_class(trained):
     text = (trained / "report.html").read_text()
+    assert "simulated images" in text and "simulated bags" not in text
     assert "Confusion matrices" in text and "Weighted F1" in text and "Quadratic-weighted kappa" in text
     assert '<th scope="row">3+</th>' in text
 

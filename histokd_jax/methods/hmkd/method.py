@@ -18,6 +18,7 @@ from histokd_jax.methods.hmkd.config import (
     CACHED,
     CORRECTED,
     FAITHFUL,
+    TWO_STAGE,
     WEIGHTS,
     default_config,
     distils,
@@ -41,6 +42,7 @@ __all__ = [
     "HE",
     "HE_IHC",
     "TASKS",
+    "UNFROZEN",
     "default_config",
     "make_method",
     "precompute",
@@ -52,6 +54,8 @@ CONTROL = {key: 0.0 for key in WEIGHTS}
 """Settings of the control arm: the student alone."""
 FROZEN: Mapping[str, str] = {TEACHER: "distill.teacher"}
 """Parameter group -> key of the model folder that it is read from, if not empty, in place of being trained."""
+UNFROZEN: Mapping[str, str] = {"distill.schedule": TWO_STAGE}
+"""Settings under which a run trains the groups of `FROZEN` itself."""
 HE, HE_IHC = "he", "he+ihc"
 TEACHER_OUTPUTS = "teacher_outputs"
 _MODES = {HE: (STUDENT, ("image", "weight")), HE_IHC: (TEACHER, ("image", "partner", "weight"))}
