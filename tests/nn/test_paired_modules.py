@@ -10,6 +10,7 @@ import pytest
 from histokd_jax.nn.paired.attention import PlaneAttention
 from histokd_jax.nn.paired.block import Block
 from histokd_jax.nn.paired.cross import CrossBlock, SelfBlock
+from histokd_jax.nn.paired.initial import init_variables
 from histokd_jax.nn.paired.local_unit import MultiScale
 from histokd_jax.nn.paired.primitives import BatchNorm, normal
 from histokd_jax.nn.paired.spec import FFN_SOURCES, NormSpec, PairedSpec
@@ -228,8 +229,10 @@ def test_a_batch_of_one_value_per_channel_cannot_be_normalised():
 def test_initial_kernels_have_the_stated_spread_and_everything_else_is_one_or_zero():
     kernel = np.asarray(normal(0.02)(jax.random.key(0), (32, 32, 3, 48)))
     assert abs(kernel.std() - 0.02) < 1e-4 and abs(kernel.mean()) < 2e-4
-    tiles = jnp.zeros((2, 16, 16, 3))
-    variables = setup.once(lambda key: setup.NETWORKS["student"](setup.TINY).init(key, tiles), jax.random.key(0))
+    network, shape = setup.NETWORKS["student"](setup.TINY), (2, 16, 16, 3)
+    variables = setup.once(lambda key: init_variables(network, key, shape), jax.random.key(0))
+    like = jax.eval_shape(network.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, dict(like))
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         name = path[-1].key
         if name in ("kernel", "mix", "collapse"):

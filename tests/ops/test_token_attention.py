@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from paired_setup import once
 
 from histokd_jax.ops import token_attention as ops
 
@@ -30,11 +31,11 @@ def whole(q, k, v, plane, gate=ops.GATED):
 def test_blocks_equal_the_whole_plane(rows, shared, gate):
     with jax.enable_x64(True):
         q, k, v, plane = numbers(shared)
-        out, found = whole(q, k, v, plane, gate)
-        in_blocks = ops.attend_in_blocks(q, k, v, plane, rows, gate)
+        out, found = once(lambda *a: whole(*a, gate), q, k, v, plane)
+        in_blocks = once(lambda *a: ops.attend_in_blocks(*a, rows, gate), q, k, v, plane)
         for a, b in zip(in_blocks, (out, found)):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
-        values, no_map = ops.attend_in_blocks(q, k, v, plane, rows, gate, want_map=False)
+        values, no_map = once(lambda *a: ops.attend_in_blocks(*a, rows, gate, want_map=False), q, k, v, plane)
         assert no_map is None
         np.testing.assert_allclose(values, out, rtol=0, atol=1e-12)
 
@@ -48,8 +49,8 @@ def test_gradients_of_blocks_equal_those_of_the_whole_plane():
             out, found = pair
             return jnp.sum(jnp.sin(out)) + jnp.sum(found * weight)
 
-        ours = jax.grad(lambda args: total(ops.attend_in_blocks(*args, rows=3)))(args)
-        theirs = jax.grad(lambda args: total(whole(*args)))(args)
+        ours = once(jax.grad(lambda args: total(ops.attend_in_blocks(*args, rows=3))), args)
+        theirs = once(jax.grad(lambda args: total(whole(*args))), args)
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10)
 
@@ -62,11 +63,12 @@ def test_moments_without_the_plane_equal_its_moments_in_value_and_gradient(share
         def direct(q, k, mix):
             return ops.moments(ops.mixed_scores(q, k, mix))
 
-        for a, b in zip(ops.plane_moments(q, k, plane.mix), direct(q, k, plane.mix)):
+        for a, b in zip(once(ops.plane_moments, q, k, plane.mix), once(direct, q, k, plane.mix)):
             np.testing.assert_allclose(a, b, rtol=1e-11)
         ours, theirs = (
-            jax.grad(lambda q, k, mix, f=f: jnp.sum(f(q, k, mix)[0] + jnp.sin(f(q, k, mix)[1])), (0, 1, 2))(
-                q, k, plane.mix
+            once(
+                jax.grad(lambda q, k, mix, f=f: jnp.sum(f(q, k, mix)[0] + jnp.sin(f(q, k, mix)[1])), (0, 1, 2)),
+                *(q, k, plane.mix),
             )
             for f in (ops.plane_moments, direct)
         )
@@ -77,10 +79,10 @@ def test_moments_without_the_plane_equal_its_moments_in_value_and_gradient(share
 def test_moments_keep_their_digits_where_the_mean_is_large():
     """E[x^2] - E[x]^2 would lose all of them in float32."""
     q, k, _, plane = numbers(dtype=np.float32)
-    mean, var = ops.plane_moments(q + 300.0, k + 300.0, plane.mix)
+    mean, var = once(ops.plane_moments, q + 300.0, k + 300.0, plane.mix)
     with jax.enable_x64(True):
         args = (np.asarray(v, np.float64) for v in (q + 300.0, k + 300.0, plane.mix))
-        exact = ops.moments(ops.mixed_scores(*map(jnp.asarray, args)))
+        exact = once(lambda *a: ops.moments(ops.mixed_scores(*a)), *map(jnp.asarray, args))
     np.testing.assert_allclose(mean, exact[0], rtol=1e-4)
     np.testing.assert_allclose(var, exact[1], rtol=1e-3)
 
@@ -88,9 +90,9 @@ def test_moments_keep_their_digits_where_the_mean_is_large():
 def test_half_precision_operands_give_float32_scores_and_maps():
     q, k, v, plane = numbers(dtype=np.float32)
     low = [x.astype(jnp.bfloat16) for x in (q, k, v)]
-    out, found = ops.attend_in_blocks(*low, plane, rows=5)
+    out, found = once(lambda *a: ops.attend_in_blocks(*a, rows=5), *low, plane)
     assert out.dtype == jnp.bfloat16 and found.dtype == jnp.float32
-    exact = whole(*(x.astype(jnp.float32) for x in low), plane)[1]
+    exact = once(whole, *(x.astype(jnp.float32) for x in low), plane)[1]
     np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
 
 

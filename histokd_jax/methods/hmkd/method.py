@@ -28,6 +28,7 @@ from histokd_jax.methods.hmkd.config import (
     validate,
 )
 from histokd_jax.methods.hmkd.objective import STUDENT, TEACHER
+from histokd_jax.nn.paired.initial import init_variables
 from histokd_jax.nn.paired.networks import Student, Teacher
 from histokd_jax.nn.paired.spec import LEVELS, PairedSpec
 from histokd_jax.ops.gradient_scale import scale_gradient
@@ -90,11 +91,11 @@ class _HmKd:
     def init(self, key: jax.Array) -> tuple[Params, Extra]:
         """Initial parameters and running statistics, both by network; the student's do not depend on the teacher."""
         side = self.spec.stem_patch * 2**LEVELS
-        tile = jnp.zeros((jax.device_count(), side, side, 3))
         params, extra = {}, {}
         for name in self.trained:
-            tiles = (tile,) * (2 if name == TEACHER else 1)
-            found = self.networks[name].init(jax.random.fold_in(key, (STUDENT, TEACHER).index(name)), *tiles)
+            shapes = ((1, side, side, 3),) * (2 if name == TEACHER else 1)
+            own_key = jax.random.fold_in(key, (STUDENT, TEACHER).index(name))
+            found = init_variables(self.networks[name], own_key, *shapes)
             params[name], extra[name] = found["params"], found["batch_stats"]
         return params, extra
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 
-from histokd_jax.nn.paired.primitives import CONV_STD, BatchNorm, Separable, normal
+from histokd_jax.nn.paired.primitives import CONV_STD, BatchNorm, Separable, normal, separable_together
 from histokd_jax.nn.paired.spec import PairedSpec
 from histokd_jax.ops import token_attention as ops
 
@@ -84,9 +84,9 @@ class GlobalUnit(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """[B, H, W, c] to the same shape."""
         maps, options = self.spec.attn_expand, (self.spec.dtype, self.spec.depthwise_form)
-        queries = Separable(self.features, maps * self.features, *options, name="query")(x)
-        keys = Separable(self.features, maps * self.features, *options, name="key")(x)
-        values = Separable(self.features, self.features, *options, name="value")(x)
+        widths = {"query": maps * self.features, "key": maps * self.features, "value": self.features}
+        layers = [Separable(self.features, width, *options, name=name) for name, width in widths.items()]
+        queries, keys, values = separable_together(layers, x)
         attention = PlaneAttention(self.spec, name="attention")
         queries, keys = expanded_tokens(queries, maps), expanded_tokens(keys, maps)
         out, _ = attention(queries, keys, tokens(values), train, want_map=False)

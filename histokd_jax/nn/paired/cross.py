@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 
 from histokd_jax.nn.paired.attention import PlaneAttention, expanded_tokens, tokens
 from histokd_jax.nn.paired.block import Mlp
-from histokd_jax.nn.paired.primitives import BatchNorm, Conv, Separable
+from histokd_jax.nn.paired.primitives import BatchNorm, Conv, Separable, separable_together
 from histokd_jax.nn.paired.spec import ATTENTION_OUTPUT, PairedSpec
+
+
+class Projected(NamedTuple):
+    """Queries [B, N, 1, C], keys [B, N, E, C] and values [B, N, C] of one stream."""
+
+    queries: jax.Array
+    keys: jax.Array
+    values: jax.Array
 
 
 class Side(nn.Module):
@@ -36,15 +46,15 @@ class Side(nn.Module):
         self.norm2 = BatchNorm(width, spec.norm)
         self.mlp = Mlp(width, spec, norms=True)
 
-    def ask(self, normed: jax.Array) -> jax.Array:
-        """Queries [B, N, 1, C] of a normed grid, one map shared by all expanded keys."""
-        return tokens(self.query(normed))[:, :, None]
+    def project(self, normed: jax.Array) -> Projected:
+        """Queries, keys and values of a normed grid; one query map is shared by all expanded keys."""
+        queries, keys, values = separable_together((self.query, self.key, self.value), normed)
+        return Projected(tokens(queries)[:, :, None], expanded_tokens(keys, self.spec.attn_expand), tokens(values))
 
-    def answer(self, queries: jax.Array, normed: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
-        """(update [B, H, W, C], map [B, N, N]) of this stream for given queries."""
-        keys = expanded_tokens(self.key(normed), self.spec.attn_expand)
-        out, found = self.attention(queries, keys, tokens(self.value(normed)), train, want_map=True)
-        return self.proj(out.reshape(normed.shape)), found
+    def answer(self, queries: jax.Array, own: Projected, shape: tuple, train: bool) -> tuple[jax.Array, jax.Array]:
+        """(update of `shape` [B, H, W, C], map [B, N, N]) of this stream for given queries."""
+        out, found = self.attention(queries, own.keys, own.values, train, want_map=True)
+        return self.proj(out.reshape(shape)), found
 
     def feed(self, x: jax.Array, train: bool) -> jax.Array:
         """The FFN branch of a grid, its norm included."""
@@ -69,9 +79,9 @@ class CrossBlock(nn.Module):
 
     def __call__(self, a: jax.Array, b: jax.Array, train: bool) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """(a, b [B, H, W, C]) to (a, b, A_a [B, N, N], A_b)."""
-        normed_a, normed_b = self.a.norm1(a, train), self.b.norm1(b, train)
-        update_a, map_a = self.a.answer(self.b.ask(normed_b), normed_a, train)
-        update_b, map_b = self.b.answer(self.a.ask(normed_a), normed_b, train)
+        own_a, own_b = self.a.project(self.a.norm1(a, train)), self.b.project(self.b.norm1(b, train))
+        update_a, map_a = self.a.answer(own_b.queries, own_a, a.shape, train)
+        update_b, map_b = self.b.answer(own_a.queries, own_b, b.shape, train)
         a, b = a + update_a, b + update_b
         return a + self.a.feed(a, train), b + self.b.feed(b, train), map_a, map_b
 
@@ -93,8 +103,8 @@ class SelfBlock(nn.Module):
 
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
         """x [B, H, W, C] to (x, A_a [B, N, N])."""
-        normed = self.a.norm1(x, train)
-        update, found = self.a.answer(self.a.ask(normed), normed, train)
+        own = self.a.project(self.a.norm1(x, train))
+        update, found = self.a.answer(own.queries, own, x.shape, train)
         middle = x + update
         source = middle if self.spec.cross_ffn_source == ATTENTION_OUTPUT else x
         return middle + self.a.feed(source, train), found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -122,11 +124,31 @@ class Separable(nn.Module):
     dtype: jnp.dtype | None = None
     form: str = "shifts"
 
-    @nn.compact
+    def setup(self) -> None:
+        """Declares the layers."""
+        self.depth = Depthwise(self.inputs, 3, self.dtype, self.form)
+        self.point = Conv(self.inputs, self.features, dtype=self.dtype)
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, inputs] to [B, H, W, features]."""
-        x = Depthwise(self.inputs, 3, self.dtype, self.form, name="depth")(x)
-        return Conv(self.inputs, self.features, dtype=self.dtype, name="point")(x)
+        return self.point(self.depth(x))
+
+
+def separable_together(layers: Sequence[Separable], x: jax.Array) -> list[jax.Array]:
+    """`[layer(x) for layer in layers]` with one depth-wise convolution for all of them.
+
+    Args:
+      layers: of one compute dtype and form.
+      x: [B, H, W, inputs].
+
+    Returns:
+      The outputs of the layers.
+    """
+    kernels, biases = zip(*(layer.depth.weights() for layer in layers))
+    first = layers[0].depth
+    x, kernel, bias = operands(x, jnp.concatenate(kernels, -1), jnp.concatenate(biases), dtype=first.dtype)
+    y = depthwise(jnp.concatenate([x] * len(layers), -1), kernel, first.form) + per_channel(bias, x.ndim)
+    return [layer.point(part) for layer, part in zip(layers, jnp.split(y, len(layers), axis=-1))]
 
 
 class BatchNorm(nn.Module):

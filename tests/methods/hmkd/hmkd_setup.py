@@ -5,6 +5,7 @@ import importlib
 import jax
 import numpy as np
 import optax
+import paired_setup
 from ml_collections import ConfigDict
 
 from histokd_jax.methods.hmkd import method as hmkd
@@ -16,8 +17,8 @@ CLASSES = 4
 TINY = {
     "model.widths": (32, 40, 48, 64),
     "model.stem_patch": 2,
-    "model.teacher_depths": (1, 1, 1, 1),
-    "model.student_depths": (1, 1, 1, 1),
+    "model.teacher_depths": (1, 0, 0, 0),
+    "model.student_depths": (1, 0, 0, 0),
     "model.mlp_ratio": 2,
     "model.refine_min": 4,
     "model.head_hidden": 8,
@@ -50,6 +51,21 @@ def batch(n=4, seed=0, side=SIDE):
     }
 
 
+def init(run):
+    """Initial (params, extra) of a method."""
+    return paired_setup.once(run.init, jax.random.key(0))
+
+
+def forward(run, params, frozen, extra, data, key=None, train=False):
+    """Outputs of the student's stage."""
+    return paired_setup.once(lambda p, f, e, b: run.forward(p, f, e, b, key, train)[0], params, frozen, extra, data)
+
+
+def predict(run, params, extra, data, mode, what="predict"):
+    """`Method.predict`, or another function of the same arguments."""
+    return paired_setup.once(lambda p, e, b: getattr(run, what)(p, {}, e, b, mode), params, extra, data)
+
+
 def warmed(tree, seed=1):
     """Parameters with larger kernels: at the initial ones all maps are nearly zero."""
     rng = np.random.default_rng(seed)
@@ -70,7 +86,7 @@ def gradients(run, stage, params, extra, data, key=None, frozen=None):
         value, metrics = run.objective(outputs, data, 0, stage)
         return value, (metrics, new)
 
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return paired_setup.once(jax.value_and_grad(loss, has_aux=True), params)
 
 
 def norm(tree):

@@ -19,7 +19,7 @@ KEY = jax.random.key(7)
 @functools.cache
 def start(**changes):
     run = setup.method(**changes)
-    params, extra = run.init(jax.random.key(0))
+    params, extra = setup.init(run)
     return run, setup.warmed(params), extra
 
 
@@ -46,7 +46,7 @@ def test_two_stages_two_modes_and_what_they_need():
 
 def test_the_student_starts_alike_with_and_without_a_teacher():
     alone = setup.method(**{key.replace(".", "__"): value for key, value in CONTROL.items()})
-    same(alone.init(jax.random.key(0))[0]["student"], setup.method().init(jax.random.key(0))[0]["student"])
+    same(setup.init(alone)[0]["student"], setup.init(setup.method())[0]["student"])
 
 
 def test_L5_the_second_stage_gives_the_teacher_no_gradient_and_leaves_its_statistics():
@@ -99,8 +99,9 @@ def test_a_student_of_cached_outputs_equals_one_beside_its_teacher(mode):
     halves = [{k: v[rows] for k, v in data.items()} for rows in (slice(0, 4), slice(2, 6))]
     table = cache.fill_table(lambda image, partner: ask(variables, image, partner), halves, 6)
     frozen = {"teacher_outputs": jax.tree.map(jnp.asarray, table)}
-    beside, _ = run.forward(params, {}, extra, data, KEY, True)
-    cached, _ = run.forward({"student": params["student"]}, frozen, {"student": extra["student"]}, data, KEY, True)
+    beside = setup.forward(run, params, {}, extra, data, KEY, True)
+    own = {"student": params["student"]}, frozen, {"student": extra["student"]}
+    cached = setup.forward(run, *own, data, KEY, True)
     assert beside.keys() == cached.keys()
     for name, value in beside.items():
         np.testing.assert_allclose(cached[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
@@ -192,12 +193,12 @@ def test_balanced_classes_give_the_weighted_mean():
 def test_M8_inference_of_the_student_never_reads_ihc():
     run, params, extra = start()
     data = setup.batch()
-    own = {"student": params["student"]}, {}, {"student": extra["student"]}
-    alone = run.predict(*own, {name: data[name] for name in run.mode(HE).fields}, HE)
-    garbage = run.predict(*own, data | {"partner": np.full_like(data["partner"], 255)}, HE)
+    own = {"student": params["student"]}, {"student": extra["student"]}
+    alone = setup.predict(run, *own, {name: data[name] for name in run.mode(HE).fields}, HE)
+    garbage = setup.predict(run, *own, data | {"partner": np.full_like(data["partner"], 255)}, HE)
     same(alone, garbage)
     np.testing.assert_allclose(np.asarray(alone["prob"]).sum(-1), 1.0, rtol=1e-6)
-    both = run.predict(params, {}, extra, data, HE_IHC)
+    both = setup.predict(run, params, extra, data, HE_IHC)
     assert both["prob"].shape == (4, 4) and both["embedding"].shape == (4, 64)
     with pytest.raises(ValueError, match=r"no \['partner'\]"):
         run.predict(params, {}, extra, {name: data[name] for name in run.mode(HE).fields}, HE_IHC)
@@ -208,21 +209,22 @@ def test_M8_inference_of_the_student_never_reads_ihc():
 @pytest.mark.parametrize("mode", [HE, HE_IHC])
 def test_attention_is_a_distribution_over_the_finest_grid(mode):
     run, params, extra = start()
-    found = run.attention(params, {}, extra, setup.batch(), mode)
+    found = setup.predict(run, params, extra, setup.batch(), mode, "attention")
     assert found.shape == (4, 8, 8) and float(found.min()) >= 0
     np.testing.assert_allclose(np.asarray(found).sum((1, 2)), 1.0, rtol=1e-5)
 
 
 def test_augmentation_is_seeded_and_inference_has_none():
     run, params, extra = start()
-    forward = jax.jit(run.forward, static_argnums=(5,))
     data = setup.batch()
-    first, again = (forward(params, {}, extra, data, KEY, True)[0] for _ in range(2))
+    first, again, other = (
+        setup.forward(run, params, {}, extra, data, key, True) for key in (KEY, KEY, jax.random.key(8))
+    )
     same(first, again)
-    other = forward(params, {}, extra, data, jax.random.key(8), True)[0]
     assert np.abs(other["student_f3"] - first["student_f3"]).max() > 1e-4
-    quiet = forward(params, {}, extra, data, None, False)[0]
-    np.testing.assert_allclose(quiet["student_logits"], run.predict(params, {}, extra, data, HE)["logits"], atol=1e-5)
+    quiet = setup.forward(run, params, {}, extra, data)
+    shown = setup.predict(run, params, extra, data, HE)
+    np.testing.assert_allclose(quiet["student_logits"], shown["logits"], atol=1e-5)
 
 
 def test_constant_loss_scaling_of_half_precision_changes_no_gradient_but_by_rounding():
@@ -243,11 +245,10 @@ def test_images_that_are_too_small_are_refused_before_anything_is_compiled():
 def test_a_teacher_of_other_widths_is_named():
     run, params, extra = start()
     wide = setup.method(model__widths=(32, 40, 48, 96))
-    theirs, stats = wide.init(jax.random.key(0))
-    frozen = {"teacher_outputs": {}, "teacher": {"params": theirs["teacher"], "batch_stats": stats["teacher"]}}
-    frozen.pop("teacher_outputs")
+    theirs, stats = jax.eval_shape(wide.init, jax.random.key(0))
+    frozen = {"teacher": {"params": theirs["teacher"], "batch_stats": stats["teacher"]}}
     with pytest.raises(Exception, match="shape"):
-        run.forward(params, frozen, extra, setup.batch(), KEY, True)
+        jax.eval_shape(lambda f: run.forward(params, f, extra, setup.batch(), KEY, True), frozen)
 
 
 def test_faithful_values_are_the_defaults():
@@ -275,7 +276,7 @@ def test_T4_either_stage_overfits_synthetic_pairs(stage, monkeypatch):
     monkeypatch.setattr(images, "standardise", lambda x: x)
     he, ihc, label = _noisy_pairs(setup.SIDE)
     run = setup.method(data__flip_mode="none", train__b=16)
-    params, extra = run.init(jax.random.key(0))
+    params, extra = setup.init(run)
     trace = jax.tree.map(jnp.zeros_like, params)
 
     @jax.jit
@@ -294,5 +295,5 @@ def test_T4_either_stage_overfits_synthetic_pairs(stage, monkeypatch):
         rows = rng.permutation(32)[:16]
         params, extra, trace, value = step(params, extra, trace, {k: v[rows] for k, v in data.items()})
     mode = {"teacher": HE_IHC, "student": HE}[stage]
-    found = run.predict(params, {}, extra, data, mode)["prob"].argmax(-1)
+    found = setup.predict(run, params, extra, data, mode)["prob"].argmax(-1)
     assert (np.asarray(found) == label).mean() == 1.0, float(value)
