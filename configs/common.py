@@ -100,7 +100,8 @@ def base() -> ConfigDict:
             replica_loop="auto",  # trainings of one program: map (one after the other) | vmap | auto: by backend
         )
     )
-    # monitor: mean_auc3 | student_auc; enabled=False trains max_epochs and keeps the last state.
+    # monitor: mean_auc3 | student_auc | a metric of the summary (accuracy, weighted_f1, ...); enabled=False trains
+    # max_epochs and keeps the last state.
     cfg.early_stop = ConfigDict(dict(enabled=True, monitor="mean_auc3", patience=5, min_epoch=5))
     cfg.ckpt = ConfigDict(dict(teachers="best_joint", every_epochs=5, keep=2))
     cfg.eval = ConfigDict(dict(teacher_dropout=False, slots=32))
@@ -118,3 +119,14 @@ def base() -> ConfigDict:
 def override(cfg: ConfigDict, values: dict) -> None:
     """Sets dotted keys, e.g. {"loss.lambda_skd": 0.0}; unknown keys raise."""
     cfg.update_from_flattened_dict(values)
+
+
+def image_pairs(cfg: ConfigDict) -> None:
+    """Adds and sets what a configuration for image pairs (`histokd pairs`) has beyond or unlike `base`."""
+    cfg.data.kind = "pairs"
+    cfg.data.partner = "auto"  # auto: what the data set has | image | vector | none
+    cfg.data.official_split = True  # parts that came with the data set; False: folds by group (split.n_folds)
+    cfg.data.feat_dim = 0
+    cfg.train.sampler = "uniform"
+    # Any metric of the summary; on the validation part (split.protocol=published: the reported one).
+    cfg.early_stop.monitor = "weighted_f1"

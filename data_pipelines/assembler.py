@@ -94,6 +94,10 @@ class StepSource:
         extra = (8 if self.with_coords else 0) + (4 if self.clusters is not None else 0)
         return rows * self.plan.row_patches * (width + 8 + extra)
 
+    def assembler(self, rows: slice) -> BatchAssembler:
+        """Makes the host batches of one process, which holds some rows of every step."""
+        return BatchAssembler(self, rows)
+
     def fingerprint(self) -> str:
         """Sha256 (hex) over data set, plan and slot values: whether a saved position means the same batches."""
         digest = hashlib.sha256()

@@ -18,17 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_pipelines import framing
 from data_pipelines.schema import FEATURE_DTYPES
 
 PATCHES_OFFSET = 36
 COORD_BYTES = 8
 MAX_BYTES = (1 << 28) - 64
 """Largest array of one record in bytes; its length must fit a 4-byte varint."""
-
-_LEN = 0x0A  # Field 1, wire type 2 (length-delimited); in every message used here field 1 is the payload.
-_VALUE = 0x12  # Field 2, wire type 2: the value of a map entry.
-_INT64_LIST = 0x1A  # Field 3 of Feature.
-_INT_WIDTH = 5
 
 
 class ChunkRecord(NamedTuple):
@@ -66,51 +62,6 @@ class Layout:
     size: int
 
 
-def _varint(value: int, width: int) -> bytes:
-    """`value` as a base-128 varint padded to `width` bytes."""
-    if value < 0 or value >> (7 * width):
-        raise ValueError(f"{value} does not fit a varint of {width} bytes")
-    low = [(value >> (7 * i)) & 0x7F for i in range(width)]
-    return bytes([b | 0x80 for b in low[:-1]] + [low[-1]])
-
-
-def _read_varint(data: bytes, start: int, width: int) -> int:
-    value = 0
-    for i in range(width):
-        value |= (data[start + i] & 0x7F) << (7 * i)
-    return value
-
-
-def _read_int(record: bytes, place: slice) -> int:
-    """One of the two integers; its continuation bits count as framing."""
-    data = record[place]
-    if [byte >> 7 for byte in data] != [1] * (_INT_WIDTH - 1) + [0]:
-        raise ValueError(f"the integer at byte {place.start} is {data.hex()}, not a varint of {_INT_WIDTH} bytes")
-    return _read_varint(data, 0, _INT_WIDTH)
-
-
-def _bytes_frame(key: str, size: int, widths: tuple[int, int, int, int]) -> bytes:
-    """Framing in front of a bytes value: map entry, key, Feature, BytesList, value."""
-    name = key.encode()
-    inner = bytes([_LEN]) + _varint(size, widths[3])
-    bytes_list = bytes([_LEN]) + _varint(len(inner) + size, widths[2])
-    feature_size = len(bytes_list) + len(inner) + size
-    value = bytes([_VALUE]) + _varint(feature_size, widths[1])
-    head = bytes([_LEN, len(name)]) + name
-    entry = bytes([_LEN]) + _varint(len(head) + len(value) + feature_size, widths[0])
-    return entry + head + value + bytes_list + inner
-
-
-def _int_frame(key: str) -> bytes:
-    """Framing in front of a packed Int64List of one integer of fixed width."""
-    name = key.encode()
-    int_list = bytes([_INT64_LIST, 2 + _INT_WIDTH, _LEN, _INT_WIDTH])
-    head = bytes([_LEN, len(name)]) + name
-    value = bytes([_VALUE, len(int_list) + _INT_WIDTH])
-    body = head + value + int_list
-    return bytes([_LEN, len(body) + _INT_WIDTH]) + body
-
-
 @functools.lru_cache(maxsize=4096)
 def layout(n: int, row_bytes: int, id_bytes: int) -> Layout:
     """Layout of a record.
@@ -124,15 +75,15 @@ def layout(n: int, row_bytes: int, id_bytes: int) -> Layout:
       The offsets of all values and the framing between them.
     """
     frames = (
-        _bytes_frame("patches", n * row_bytes, (5, 4, 4, 4)),
-        _bytes_frame("coords", n * COORD_BYTES, (4, 4, 4, 4)),
-        _bytes_frame("slide_id", id_bytes, (4, 4, 4, 4)),
-        _int_frame("chunk"),
-        _int_frame("crc"),
+        framing.bytes_frame("patches", n * row_bytes, (5, 4, 4, 4)),
+        framing.bytes_frame("coords", n * COORD_BYTES, (4, 4, 4, 4)),
+        framing.bytes_frame("slide_id", id_bytes, (4, 4, 4, 4)),
+        framing.int_frame("chunk"),
+        framing.int_frame("crc"),
     )
-    sizes = (n * row_bytes, n * COORD_BYTES, id_bytes, _INT_WIDTH, _INT_WIDTH)
+    sizes = (n * row_bytes, n * COORD_BYTES, id_bytes, framing.INT_WIDTH, framing.INT_WIDTH)
     total = sum(map(len, frames)) + sum(sizes)
-    head = bytes([_LEN]) + _varint(total, 5)
+    head = framing.example_head(total)
     constants, values, at = [], [], 0
     for frame, size in zip((head + frames[0], *frames[1:]), sizes):
         constants.append((at, frame))
@@ -175,7 +126,7 @@ def encode(patches: np.ndarray, coords: np.ndarray, slide_id: str, chunk: int) -
     data = _little_endian(patches, patches.dtype)
     xy = _little_endian(coords, np.dtype(np.int32))
     frame = layout(len(patches), patches.shape[1] * patches.itemsize, len(key))
-    values = (data, xy, key, _varint(chunk, _INT_WIDTH), _varint(_crc(data, xy, key, chunk), _INT_WIDTH))
+    values = (data, xy, key, *(framing.varint(v, framing.INT_WIDTH) for v in (chunk, _crc(data, xy, key, chunk))))
     return b"".join(part for (_, head), value in zip(frame.constants, values) for part in (head, value))
 
 
@@ -183,7 +134,7 @@ def _layout_of(record: bytes, row_bytes: int) -> Layout:
     """Derives the layout from the lengths inside a record and checks all framing against it."""
     if len(record) < PATCHES_OFFSET:
         raise ValueError(f"the record has only {len(record)} bytes")
-    size = _read_varint(record, PATCHES_OFFSET - 4, 4)
+    size = framing.read_varint(record, PATCHES_OFFSET - 4, 4)
     n, rest = divmod(size, row_bytes)
     if n < 1 or rest:
         raise ValueError(
@@ -201,7 +152,7 @@ def _layout_of(record: bytes, row_bytes: int) -> Layout:
 
 @functools.lru_cache(maxsize=4096)
 def _chunk_bytes(chunk: int) -> bytes:
-    return _varint(chunk, _INT_WIDTH)
+    return framing.varint(chunk, framing.INT_WIDTH)
 
 
 def decode_known(
@@ -245,7 +196,7 @@ def decode(record: bytes, feat_dim: int, dtype: str, *, verify: bool = True) -> 
     stored = np.dtype(FEATURE_DTYPES[dtype]).newbyteorder("<")
     frame = _layout_of(record, feat_dim * stored.itemsize)
     key = record[frame.slide_id]
-    chunk, expected = _read_int(record, frame.chunk), _read_int(record, frame.crc)
+    chunk, expected = framing.read_int(record, frame.chunk), framing.read_int(record, frame.crc)
     if verify:
         view = memoryview(record)
         found = _crc(view[frame.patches], view[frame.coords], key, chunk)

@@ -13,7 +13,7 @@ import io
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from data_pipelines.schema import FEATURE_DTYPES, FORMAT_VERSION
 
 MANIFEST_FILE = "manifest.json"
 SLIDES_FILE = "slides.csv"
+BAGS = "bags"
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 _REWRITE = "write the dataset again or restore it from a copy"
 
@@ -123,8 +124,9 @@ class Manifest:
           ShardReadError: if a shard is missing or has another size.
         """
         directory = pathlib.Path(directory)
-        facts = _read_json(directory)
-        raw = _read_slides_file(directory, facts)
+        facts = read_facts(directory)
+        _check_bags(facts, directory)
+        raw = read_table(directory, SLIDES_FILE, facts.get("slides_sha256"))
         try:
             shards = tuple(Shard(**shard) for shard in facts["shards"])
             fields = {f.name: facts[f.name] for f in dataclasses.fields(cls) if f.name in facts} | {"shards": shards}
@@ -136,7 +138,7 @@ class Manifest:
         _check_totals(manifest, facts)
         _check_slides(manifest)
         for shard in shards:
-            _check_size(manifest, shard)
+            check_size(directory, shard)
         return manifest
 
     def check_shards(self, *, full: bool = False) -> None:
@@ -164,16 +166,63 @@ class Manifest:
         return hashlib.sha256(content.encode()).hexdigest()
 
 
-def open_shard(manifest: Manifest, index: int) -> ArrayRecordReader:
+def read_facts(directory: pathlib.Path) -> dict[str, Any]:
+    """manifest.json of a dataset of any kind.
+
+    Raises:
+      ManifestError: there is none, it is no JSON, or of another format version.
+    """
+    path = directory / MANIFEST_FILE
+    try:
+        facts = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        reason = "the directory is not a dataset, or its writer was interrupted; check the path or write it again"
+        raise ManifestError(f"{path} does not exist: {reason}") from error
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"{path} cannot be read as JSON ({error}); {_REWRITE}") from error
+    version = facts.get("format_version") if isinstance(facts, dict) else None
+    if version != FORMAT_VERSION:
+        reason = f"format_version is {version!r}, this library reads {FORMAT_VERSION}"
+        raise ManifestError(f"{path}: {reason}; write the dataset again with this version")
+    return facts
+
+
+def kind_of(facts: Mapping[str, Any]) -> str:
+    """What a dataset holds, by its manifest.json: `BAGS`, or another kind."""
+    return facts.get("kind", BAGS)
+
+
+def read_table(directory: pathlib.Path, name: str, expected: str | None) -> bytes:
+    """The table of a dataset, compared with the SHA-256 (hex) that manifest.json gives.
+
+    Raises:
+      ManifestError: it cannot be read, or differs.
+    """
+    path = directory / name
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ManifestError(f"{path} cannot be read ({error}); {_REWRITE}") from error
+    found = hashlib.sha256(raw).hexdigest()
+    if found != expected:
+        raise ManifestError(f"{path}: SHA-256 is {found}, {MANIFEST_FILE} says {expected}; {_REWRITE}")
+    return raw
+
+
+def open_shard(manifest: Any, index: int) -> ArrayRecordReader:
     """Opens a shard for random access and checks its size and record count.
 
     ArrayRecord opens a missing file, or one that was cut short, as 0 records without an error.
+
+    Args:
+      manifest: anything with `directory` and `shards`.
+      index: which shard.
 
     Raises:
       ShardReadError: if it cannot be opened, or has another size or record count than the manifest says.
     """
     shard = manifest.shards[index]
-    _check_size(manifest, shard)
+    check_size(manifest.directory, shard)
     try:
         reader = ArrayRecordReader(str(manifest.directory / shard.file), options=READER_OPTIONS)
         found = reader.num_records()
@@ -194,10 +243,15 @@ def manifest_bytes(facts: Mapping[str, Any]) -> bytes:
 
 def slides_bytes(slides: Sequence[Slide]) -> bytes:
     """slides.csv for the given rows."""
+    return table_bytes(_COLUMNS, map(dataclasses.astuple, slides))
+
+
+def table_bytes(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
+    """A CSV table of a dataset; equal rows give equal bytes."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_COLUMNS)
-    writer.writerows(dataclasses.astuple(slide) for slide in slides)
+    writer.writerow(header)
+    writer.writerows(rows)
     return text.getvalue().encode()
 
 
@@ -211,51 +265,49 @@ _COLUMNS = tuple(field.name for field in dataclasses.fields(Slide))
 _INTEGERS = ("shard", "first_record", "n_records", "n_patches")
 
 
-def _read_json(directory: pathlib.Path) -> dict[str, Any]:
+def _check_bags(facts: Mapping[str, Any], directory: pathlib.Path) -> None:
     path = directory / MANIFEST_FILE
-    try:
-        facts = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        reason = "the directory is not a dataset, or its writer was interrupted; check the path or write it again"
-        raise ManifestError(f"{path} does not exist: {reason}") from error
-    except (OSError, ValueError) as error:
-        raise ManifestError(f"{path} cannot be read as JSON ({error}); {_REWRITE}") from error
-    version = facts.get("format_version") if isinstance(facts, dict) else None
-    if version != FORMAT_VERSION:
-        reason = f"format_version is {version!r}, this library reads {FORMAT_VERSION}"
-        raise ManifestError(f"{path}: {reason}; write the dataset again with this version")
+    if kind_of(facts) != BAGS:
+        raise ManifestError(
+            f"{path}: the dataset holds {kind_of(facts)}, not bags of patches; use a configuration for such data "
+            f"(data.kind={kind_of(facts)})"
+        )
     if facts.get("dtype") not in FEATURE_DTYPES:
         raise ManifestError(
             f"{path}: dtype is {facts.get('dtype')!r}, expected one of {sorted(FEATURE_DTYPES)}; {_REWRITE}"
         )
-    return facts
-
-
-def _read_slides_file(directory: pathlib.Path, facts: Mapping[str, Any]) -> bytes:
-    path = directory / SLIDES_FILE
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ManifestError(f"{path} cannot be read ({error}); {_REWRITE}") from error
-    found, expected = hashlib.sha256(raw).hexdigest(), facts.get("slides_sha256")
-    if found != expected:
-        raise ManifestError(f"{path}: SHA-256 is {found}, {MANIFEST_FILE} says {expected}; {_REWRITE}")
-    return raw
 
 
 def _parse_slides(raw: bytes, path: pathlib.Path) -> tuple[Slide, ...]:
+    return parse_table(raw, path, Slide, _INTEGERS)
+
+
+def parse_table(raw: bytes, path: pathlib.Path, row_type: type, integers: Collection[str]) -> tuple[Any, ...]:
+    """Rows of a table that `table_bytes` wrote from instances of a dataclass.
+
+    Args:
+      raw: the content.
+      path: for messages.
+      row_type: a dataclass of strings and integers.
+      integers: the fields that are integers.
+
+    Raises:
+      ManifestError: other columns, or a row that is none.
+    """
+    columns = tuple(field.name for field in dataclasses.fields(row_type))
     rows = csv.reader(io.StringIO(raw.decode(), newline=""))
     header = tuple(next(rows, ()))
-    if header != _COLUMNS:
-        raise ManifestError(f"{path}: the columns are {header}, expected {_COLUMNS}; {_REWRITE}")
-    slides = []
+    if header != columns:
+        raise ManifestError(f"{path}: the columns are {header}, expected {columns}; {_REWRITE}")
+    found = []
     for number, row in enumerate(rows, 2):
         try:
-            named = dict(zip(_COLUMNS, row, strict=True))
-            slides.append(Slide(**{k: int(v) if k in _INTEGERS else v for k, v in named.items()}))
+            named = dict(zip(columns, row, strict=True))
+            found.append(row_type(**{k: int(v) if k in integers else v for k, v in named.items()}))
         except ValueError as error:
-            raise ManifestError(f"{path}, row {number}: {row} is not a slide ({error}); {_REWRITE}") from error
-    return tuple(slides)
+            kind = row_type.__name__.lower()
+            raise ManifestError(f"{path}, row {number}: {row} is not a {kind} ({error}); {_REWRITE}") from error
+    return tuple(found)
 
 
 def _check_totals(manifest: Manifest, facts: Mapping[str, Any]) -> None:
@@ -286,11 +338,16 @@ def _check_slides(manifest: Manifest) -> None:
             raise ShardReadError(manifest.directory, shard.file, None, reason)
 
 
-def _check_size(manifest: Manifest, shard: Shard) -> None:
+def check_size(directory: pathlib.Path, shard: Shard) -> None:
+    """Refuses a shard that is absent or has another size than the manifest says.
+
+    Raises:
+      ShardReadError: naming the shard.
+    """
     try:
-        found = (manifest.directory / shard.file).stat().st_size
+        found = (directory / shard.file).stat().st_size
     except OSError as error:
-        raise ShardReadError(manifest.directory, shard.file, None, f"cannot be opened ({error})") from error
+        raise ShardReadError(directory, shard.file, None, f"cannot be opened ({error})") from error
     if found != shard.n_bytes:
         reason = f"has {found} bytes, the manifest says {shard.n_bytes}"
-        raise ShardReadError(manifest.directory, shard.file, None, reason)
+        raise ShardReadError(directory, shard.file, None, reason)

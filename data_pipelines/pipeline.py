@@ -6,17 +6,16 @@ processes and wherever reading started.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import grain
 import numpy as np
 from absl import logging
 
 from data_pipelines.assembler import BatchAssembler, SlideTable, StepSource
-from data_pipelines.plan import PackPlan, StepPlan
 
-__all__ = ["BUFFER_BYTES", "BatchAssembler", "PlanSource", "SlideTable", "StepIterator", "StepSource"]
+__all__ = ["BUFFER_BYTES", "BatchAssembler", "Plan", "PlanSource", "SlideTable", "Source", "StepIterator", "StepSource"]
 __all__ += ["check_evaluation", "check_fingerprint", "check_start", "make_eval_dataset", "make_train_dataset"]
 __all__ += ["read_options", "rows_of_process"]
 
@@ -26,21 +25,61 @@ MIN_BUFFERED_STEPS, MAX_BUFFERED_STEPS = 2, 64
 SMOOTHING_BYTES = 32 * 2**20
 
 
+class Plan(Protocol):
+    """What reading needs of a plan, of bags (`plan.PackPlan`) or of image pairs (`pairs.steps.PairPlan`).
+
+    Attributes:
+      epochs: number of planned epochs.
+      steps_per_epoch: steps of every epoch.
+      rows: what the processes divide among them.
+      parameters: what it was computed from; `mode` is "evaluation" for one exact pass.
+    """
+
+    epochs: int
+    steps_per_epoch: int
+    rows: int
+    parameters: Mapping[str, Any]
+
+    def step(self, epoch: int, index: int) -> Any:
+        """Step `index` of `epoch`."""
+
+
+class Source(Protocol):
+    """What determines the batches of a run: of bags (`StepSource`) or of image pairs (`pairs.steps.PairSource`).
+
+    Attributes:
+      plan: the steps.
+      num_steps: steps of the whole run.
+    """
+
+    plan: Plan
+    num_steps: int
+
+    def step_bytes(self, rows: int) -> int:
+        """Bytes of `rows` rows of one step."""
+
+    def assembler(self, rows: slice) -> Callable[[Any], dict[str, np.ndarray]]:
+        """Makes the host batches of a process that holds some rows of every step."""
+
+    def fingerprint(self) -> str:
+        """Whether a saved position means the same batches."""
+
+
 class PlanSource:
     """Random access to the steps of a plan by global index; step i is step i % steps_per_epoch of its epoch."""
 
-    def __init__(self, plan: PackPlan):
+    def __init__(self, plan: Plan):
         self._plan = plan
 
     def __len__(self) -> int:
         return self._plan.epochs * self._plan.steps_per_epoch
 
-    def __getitem__(self, step: int) -> StepPlan:
+    def __getitem__(self, step: int) -> Any:
         return self._plan.step(*divmod(int(step), self._plan.steps_per_epoch))
 
 
 def make_train_dataset(
-    source: StepSource,
+    source: Source,
     *,
     num_threads: int = 4,
     buffer_bytes: int = BUFFER_BYTES,
@@ -70,11 +109,11 @@ def make_train_dataset(
     rows = rows_of_process(source.plan.rows, process_index, process_count)
     options = read_options(source.step_bytes(rows.stop - rows.start), num_threads, buffer_bytes)
     steps = grain.MapDataset.source(PlanSource(source.plan))[start_step:]
-    return steps.map(BatchAssembler(source, rows)).to_iter_dataset(options)
+    return steps.map(source.assembler(rows)).to_iter_dataset(options)
 
 
 def make_eval_dataset(
-    source: StepSource,
+    source: Source,
     *,
     num_threads: int = 4,
     buffer_bytes: int = BUFFER_BYTES,
@@ -118,7 +157,7 @@ class StepIterator(Iterator[dict[str, np.ndarray]]):
       next_step: global index of the step that `next` returns.
     """
 
-    def __init__(self, source: StepSource, *, start_step: int = 0, **options: int):
+    def __init__(self, source: Source, *, start_step: int = 0, **options: int):
         self._source, self._options = source, options
         self._fingerprint = source.fingerprint()
         self._open(start_step)
@@ -149,7 +188,7 @@ class StepIterator(Iterator[dict[str, np.ndarray]]):
         self._open(int(state["next_step"]))
 
 
-def check_start(source: StepSource, start_step: int) -> None:
+def check_start(source: Source, start_step: int) -> None:
     """Refuses to start outside the plan.
 
     Raises:
@@ -159,7 +198,7 @@ def check_start(source: StepSource, start_step: int) -> None:
         raise ValueError(f"start_step is {start_step}; the plan has steps 0 to {source.num_steps}: raise max_epochs")
 
 
-def check_evaluation(source: StepSource) -> None:
+def check_evaluation(source: Source) -> None:
     """Refuses to evaluate on a plan that was made for training, which may skip or repeat slides.
 
     Raises:

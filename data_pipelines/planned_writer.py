@@ -17,7 +17,7 @@ import os
 import pathlib
 import secrets
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,8 +42,22 @@ class Bag(NamedTuple):
     facts: Mapping[str, Any]
 
 
+class Entry(NamedTuple):
+    """One row of the table of a dataset of any kind on its way to a shard.
+
+    Attributes:
+      row: (number of the shard, first record, number of records) -> the row, a dataclass.
+      facts: about it (JSON).
+      records: its serialised records.
+    """
+
+    row: Callable[[int, int, int], Any]
+    facts: Mapping[str, Any]
+    records: Iterable[bytes]
+
+
 class Rejected(NamedTuple):
-    """A slide that could not be read: its file, its id, a reason of few words, and details."""
+    """A slide or example that could not be read: its file, its id, a reason of few words, and details."""
 
     file: str
     slide_id: str
@@ -59,7 +73,7 @@ class WrittenShard:
       index: number within the plan.
       key: SHA-256 (hex) of its plan.
       n_records, n_bytes, sha256: of the file.
-      slides: rows of slides.csv; `shard` is the number within the plan.
+      slides: rows of slides.csv (or of the table of another kind of dataset); `shard` is the number within the plan.
       facts: one mapping per slide.
       rejected: slides of the plan that are not in the file.
     """
@@ -69,7 +83,7 @@ class WrittenShard:
     n_records: int
     n_bytes: int
     sha256: str
-    slides: tuple[Slide, ...]
+    slides: tuple[Any, ...]
     facts: tuple[Mapping[str, Any], ...]
     rejected: tuple[Rejected, ...]
 
@@ -125,7 +139,7 @@ def work_folder(directory: pathlib.Path) -> Iterator[pathlib.Path]:
 def write_shard(
     work: pathlib.Path, index: int, key: str, facts: Mapping[str, Any], bags: Iterable[Bag | Rejected]
 ) -> WrittenShard:
-    """Writes one shard and, last, its description.
+    """Writes one shard of bags and, last, its description.
 
     Args:
       work: from `work_folder`.
@@ -140,35 +154,64 @@ def write_shard(
     Raises:
       StorageError: if the disk is full or not writable.
     """
+    return write_entries(
+        work, index, key, (item if isinstance(item, Rejected) else _bag_entry(facts, item) for item in bags)
+    )
+
+
+def _bag_entry(facts: Mapping[str, Any], item: Bag) -> Entry:
+    def row(shard: int, first: int, count: int) -> Slide:
+        return Slide(item.slide_id, item.case_id, shard, first, count, len(item.features), item.source)
+
+    return Entry(row, item.facts, shards.bag_records(facts, item.slide_id, item.features, item.coords))
+
+
+def write_entries(work: pathlib.Path, index: int, key: str, entries: Iterable[Entry | Rejected]) -> WrittenShard:
+    """Writes one shard of a dataset of any kind and, last, its description.
+
+    Args:
+      work: from `work_folder`.
+      index: number of the shard within the plan.
+      key: `plan_key` of everything that decides the content of the shard.
+      entries: in the order of the plan; those rejected are only recorded.
+
+    Returns:
+      The description.
+
+    Raises:
+      StorageError: if the disk is full or not writable.
+    """
     # A name of its own: a worker orphaned by a kill, or a repetition on another host, may be writing the same shard.
     temporary = atomic.temporary(work, f"{_name(index)}-{os.getpid()}-{secrets.token_hex(4)}")
-    slides, slide_facts, rejected, n_records = [], [], [], 0
+    rows, row_facts, rejected, n_records = [], [], [], 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(atomic.storage_errors(work))
         writer = None
-        for item in bags:
+        for item in entries:
             if isinstance(item, Rejected):
                 rejected.append(item)
                 continue
             if writer is None:
                 writer = shards.open_shard(temporary)
-            first, n_patches = n_records, len(item.features)
-            for record in shards.bag_records(facts, item.slide_id, item.features, item.coords):
+            first = n_records
+            for record in item.records:
                 writer.write(record)
                 n_records += 1
-            slides.append(Slide(item.slide_id, item.case_id, index, first, n_records - first, n_patches, item.source))
-            slide_facts.append(dict(item.facts))
+            rows.append(item.row(index, first, n_records - first))
+            row_facts.append(dict(item.facts))
         n_bytes, sha256 = 0, ""
         if writer is not None:
             shards.close_shard(writer, temporary, n_records)
             n_bytes, sha256 = temporary.stat().st_size, sha256_file(temporary)
             os.replace(temporary, work / _name(index))
-        done = WrittenShard(index, key, n_records, n_bytes, sha256, tuple(slides), tuple(slide_facts), tuple(rejected))
+        done = WrittenShard(index, key, n_records, n_bytes, sha256, tuple(rows), tuple(row_facts), tuple(rejected))
         _describe(work, done)
     return done
 
 
-def read_written(directory: pathlib.Path, index: int, key: str) -> WrittenShard | None:
+def read_written(
+    directory: pathlib.Path, index: int, key: str, row_type: type = Slide, tfds_name: str = tfds_face.TFDS_NAME
+) -> WrittenShard | None:
     """The description of a shard that an earlier attempt finished by the same plan; None if it must be written.
 
     A shard that was already renamed when the attempt ended is brought back.
@@ -177,6 +220,8 @@ def read_written(directory: pathlib.Path, index: int, key: str) -> WrittenShard 
       directory: the dataset.
       index: number of the shard within the plan.
       key: `plan_key` of its plan.
+      row_type: dataclass of its rows.
+      tfds_name: what the names of finished shards start with.
     """
     work = directory / WORK_FOLDER
     try:
@@ -185,7 +230,7 @@ def read_written(directory: pathlib.Path, index: int, key: str) -> WrittenShard 
         return None
     if stored.get("key") != key:
         return None
-    stored["slides"] = tuple(Slide(**slide) for slide in stored["slides"])
+    stored["slides"] = tuple(row_type(**row) for row in stored["slides"])
     stored["rejected"] = tuple(Rejected(*item) for item in stored["rejected"])
     done = WrittenShard(**{**stored, "facts": tuple(stored["facts"])})
     path = work / _name(index)
@@ -193,7 +238,7 @@ def read_written(directory: pathlib.Path, index: int, key: str) -> WrittenShard 
         return done
     if (directory / MANIFEST_FILE).exists():
         return None  # Those shards belong to a complete dataset, which stays readable until it is replaced.
-    for moved in sorted(directory.glob(tfds_face.SHARD_GLOB)):
+    for moved in sorted(directory.glob(tfds_face.shard_glob(tfds_name))):
         if moved.stat().st_size == done.n_bytes and sha256_file(moved) == done.sha256:
             os.replace(moved, path)
             return done
@@ -221,17 +266,32 @@ def complete(
       DataError: no slide was written.
       StorageError: if the disk is full or not writable.
     """
-    work, full = directory / WORK_FOLDER, [shard for shard in written if shard.n_records]
+    full = [shard for shard in written if shard.n_records]
     if not full:
         raise DataError(f"{directory}: no slide was written; a dataset needs at least one")
     staged, slides = [], []
     for number, shard in enumerate(full):
-        entry = Shard(tfds_face.shard_name(number, len(full)), shard.n_records, shard.n_bytes, shard.sha256)
-        staged.append((work / _name(shard.index), entry))
+        staged.append(stage(directory, shard, tfds_face.shard_name(number, len(full))))
         slides += [dataclasses.replace(slide, shard=number) for slide in shard.slides]
-    with atomic.storage_errors(directory):
+    with finishing(directory):
         shards.complete(directory, facts, staged, slides, files=files, obsolete=obsolete)
-        shutil.rmtree(work, ignore_errors=True)
+
+
+def stage(directory: pathlib.Path, shard: WrittenShard, name: str) -> tuple[pathlib.Path, Shard]:
+    """Where a finished shard lies, and its manifest entry under its final name."""
+    return directory / WORK_FOLDER / _name(shard.index), Shard(name, shard.n_records, shard.n_bytes, shard.sha256)
+
+
+@contextlib.contextmanager
+def finishing(directory: pathlib.Path) -> Iterator[None]:
+    """Wraps the completion of a dataset; afterwards the folder of unfinished shards is removed.
+
+    Raises:
+      StorageError: if the disk is full or not writable.
+    """
+    with atomic.storage_errors(directory):
+        yield
+        shutil.rmtree(directory / WORK_FOLDER, ignore_errors=True)
 
 
 def _name(index: int) -> str:

@@ -60,7 +60,7 @@ def dataset_facts(
         "simulation": simulation,
         "notes": notes,
     }
-    _check_json(facts)
+    check_json(facts)
     return facts
 
 
@@ -134,15 +134,38 @@ def complete(
       files: further files by name.
       obsolete: names of files of an older version to be removed.
     """
-    stale = set(directory.glob(tfds_face.SHARD_GLOB)) | {p for p in map(directory.joinpath, obsolete) if p.exists()}
-    moves = {path: directory / shard.file for path, shard in staged}
     shards, table = [shard for _, shard in staged], slides_bytes(slides)
     metadata = tfds_face.metadata(facts["name"], facts["feat_dim"], facts["dtype"], shards)
-    for name, content in {**metadata, **(files or {}), SLIDES_FILE: table}.items():
+    contents = {**metadata, **(files or {}), SLIDES_FILE: table}
+    publish(directory, staged, contents, _manifest(facts, shards, slides, table), obsolete=obsolete)
+
+
+def publish(
+    directory: pathlib.Path,
+    staged: Sequence[tuple[pathlib.Path, Shard]],
+    contents: Mapping[str, bytes],
+    manifest: bytes,
+    *,
+    tfds_name: str = tfds_face.TFDS_NAME,
+    obsolete: Collection[str] = (),
+) -> None:
+    """Gives closed shards and further files of a dataset of any kind their final names, manifest.json last.
+
+    Args:
+      directory: the dataset.
+      staged: for each shard where it lies now (same file system) and its manifest entry under its final name.
+      contents: further files by name.
+      manifest: content of manifest.json.
+      tfds_name: what the names of its shards start with; shards of an older version are removed.
+      obsolete: names of other files of an older version to be removed.
+    """
+    old = set(directory.glob(tfds_face.shard_glob(tfds_name)))
+    old |= {path for path in map(directory.joinpath, obsolete) if path.exists()}
+    moves = {path: directory / shard.file for path, shard in staged}
+    for name, content in contents.items():
         moves[atomic.write_temporary(directory, name, content)] = directory / name
-    content = _manifest(facts, shards, slides, table)
-    manifest = atomic.write_temporary(directory, MANIFEST_FILE, content)
-    atomic.publish(moves, (manifest, directory / MANIFEST_FILE), stale)
+    seal = atomic.write_temporary(directory, MANIFEST_FILE, manifest)
+    atomic.publish(moves, (seal, directory / MANIFEST_FILE), old)
 
 
 def _manifest(facts: Mapping[str, Any], shards: Sequence[Shard], slides: Sequence[Slide], table: bytes) -> bytes:
@@ -167,7 +190,12 @@ def _chunk_patches(feat_dim: int, dtype: str, wanted: int | None) -> int:
     return chunk
 
 
-def _check_json(facts: Mapping[str, Any]) -> None:
+def check_json(facts: Mapping[str, Any]) -> None:
+    """Refuses facts that manifest.json cannot hold.
+
+    Raises:
+      DataError: naming what is wrong.
+    """
     try:
         manifest_bytes(facts)
     except (TypeError, ValueError) as error:

@@ -9,7 +9,7 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -314,6 +314,45 @@ def read_folds(
         split = _finish_split(parts, missing, cohort, allow_patient_overlap, numbered[number])
         folds.append(_validated_on_test(split) if published else split)
     return folds
+
+
+def split_with_parts(
+    parts: Mapping[str, np.ndarray],
+    cohort: Cohort,
+    *,
+    val_fraction: float = 0.2,
+    stratify: bool = True,
+    seed: int = 0,
+    allow_patient_overlap: bool = False,
+    strata: np.ndarray | None = None,
+    protocol: str = CORRECTED,
+) -> Split:
+    """One split of given rows, e.g. the official parts of a data set.
+
+    Args:
+      parts: "train" and "test" -> rows of the cohort; with "val" nothing is drawn.
+      cohort: the cohort.
+      val_fraction: share of the training patients drawn as validation (0: none).
+      stratify: stratify that draw.
+      seed: of that draw.
+      allow_patient_overlap: accept a patient in two parts; the split is then marked.
+      strata: see `read_folds`.
+      protocol: "corrected", or "published": nothing is drawn, the reported part is the validation part as well.
+
+    Raises:
+      DataError: a patient in two parts, or an empty validation part.
+    """
+    _check_protocol(protocol)
+    published = "val" not in parts and protocol == PUBLISHED
+    if "val" not in parts:
+        fraction = 0.0 if published else val_fraction
+        given = {"train": np.asarray(parts["train"]), "val": np.asarray(parts["test"])}
+        rng = np.random.default_rng([seed, 0])
+        parts = _with_inner_validation(given, cohort, fraction, _stratifying(cohort, stratify, strata), rng)
+    split = Split(*(np.asarray(parts[part], np.int32) for part in PARTS))
+    overlap = check_leakage(split, cohort, allow_patient_overlap=allow_patient_overlap)
+    split = dataclasses.replace(split, patient_overlap=overlap)
+    return _validated_on_test(split) if published else split
 
 
 def _stratifying(cohort: Cohort, stratify: bool, strata: np.ndarray | None) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,14 @@ SHARD_GLOB = f"{TFDS_NAME}-{SPLIT}.array_record-*"
 METADATA_FILES = ("features.json", "dataset_info.json")
 
 
-def shard_name(index: int, count: int) -> str:
-    """File name of shard `index` of `count`, in the naming scheme of TFDS."""
-    return f"{TFDS_NAME}-{SPLIT}.array_record-{index:05d}-of-{count:05d}"
+def shard_name(index: int, count: int, name: str = TFDS_NAME, split: str = SPLIT) -> str:
+    """File name of shard `index` of `count` of a split, in the naming scheme of TFDS."""
+    return f"{name}-{split}.array_record-{index:05d}-of-{count:05d}"
+
+
+def shard_glob(name: str) -> str:
+    """Pattern of the shards of all splits of a TFDS name."""
+    return f"{name}-*.array_record-*"
 
 
 def metadata(name: str, feat_dim: int, dtype: str, shards: Sequence[Shard]) -> dict[str, bytes]:
@@ -44,29 +49,51 @@ def metadata(name: str, feat_dim: int, dtype: str, shards: Sequence[Shard]) -> d
     Returns:
       Content by file name: features.json and dataset_info.json.
     """
+    text = f"Chunks of patch embeddings of the dataset {name!r}; slides.csv maps slides to records."
+    return write_metadata(TFDS_NAME, {SPLIT: shards}, lambda tfds: _features(tfds, feat_dim, dtype), text)
+
+
+def write_metadata(
+    name: str, splits: Mapping[str, Sequence[Shard]], features: Callable[[Any], Any], description: str
+) -> dict[str, bytes]:
+    """As `metadata`, for records of any features and for several splits.
+
+    Args:
+      name: the TFDS name, which starts the file names of the shards.
+      splits: split -> its shards in order, under their final names.
+      features: (the module tensorflow_datasets) -> the features of a record.
+      description: text about the dataset.
+
+    Returns:
+      Content by file name.
+    """
     import tensorflow_datasets as tfds  # Seconds to import, and only writers need it.
 
     with tempfile.TemporaryDirectory() as scratch:
-        for shard in shards:
-            (pathlib.Path(scratch) / shard.file).touch()
-        template = tfds.core.ShardedFileTemplate(
-            dataset_name=TFDS_NAME, data_dir=scratch, split=SPLIT, filetype_suffix="array_record"
-        )
-        split = tfds.core.SplitInfo(
-            name=SPLIT,
-            shard_lengths=[shard.n_records for shard in shards],
-            num_bytes=sum(shard.n_bytes for shard in shards),
-            filename_template=template,
-        )
+        infos = [_split_info(tfds, scratch, name, split, shards) for split, shards in splits.items()]
         tfds.folder_dataset.write_metadata(
             data_dir=scratch,
-            features=_features(tfds, feat_dim, dtype),
-            split_infos=[split],
+            features=features(tfds),
+            split_infos=infos,
             version=TFDS_VERSION,
             check_data=False,
-            description=f"Chunks of patch embeddings of the dataset {name!r}; slides.csv maps slides to records.",
+            description=description,
         )
         return {file: _canonical((pathlib.Path(scratch) / file).read_bytes()) for file in METADATA_FILES}
+
+
+def _split_info(tfds: Any, scratch: str, name: str, split: str, shards: Sequence[Shard]) -> Any:
+    for shard in shards:
+        (pathlib.Path(scratch) / shard.file).touch()
+    template = tfds.core.ShardedFileTemplate(
+        dataset_name=name, data_dir=scratch, split=split, filetype_suffix="array_record"
+    )
+    return tfds.core.SplitInfo(
+        name=split,
+        shard_lengths=[shard.n_records for shard in shards],
+        num_bytes=sum(shard.n_bytes for shard in shards),
+        filename_template=template,
+    )
 
 
 def _features(tfds: Any, feat_dim: int, dtype: str) -> Any:

@@ -6,26 +6,20 @@ import csv
 import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from data_pipelines import packing, schema
-from data_pipelines.assembler import Reader
+from data_pipelines import schema
 from data_pipelines.atomic import storage_errors
-from data_pipelines.cohort import ALL_SLIDES, Cohort
-from data_pipelines.genes import GeneTable
+from data_pipelines.cohort import Cohort
 from data_pipelines.manifest import Manifest
-from data_pipelines.pipeline import SlideTable, StepSource, make_eval_dataset
-from data_pipelines.reader import BagReader
-from histokd_jax.tasks import Table, Tables, get_task
-from histokd_jax.train import cluster_choice, evaluate, gene_choice, model_dir, sharding
-from histokd_jax.train.experiment import check_width
-from histokd_jax.train.feed import StreamFeeder
-from histokd_jax.train.model_dir import Model
+from data_pipelines.pipeline import make_eval_dataset
+from histokd_jax.tasks import Table, get_task
+from histokd_jax.train import data_kinds, evaluate, model_dir, pair_attention, sharding
+from histokd_jax.train.new_bags import make_source, open_cohort
 from histokd_jax.utils import config as config_utils
 
 
@@ -53,70 +47,6 @@ def write_table(folder: pathlib.Path, path: pathlib.Path, table: Table) -> None:
     get_task(config_utils.from_json(json.dumps(facts["config"]))).write_table(path, table)
 
 
-def open_cohort(
-    data: pathlib.Path, model: Model, mode: str, *, labels: str = "", genes: str = "", cnv: str = "", task: str = ""
-) -> tuple[Reader, Cohort, dict[str, GeneTable]]:
-    """Joins a data set with only the tables that a mode needs.
-
-    Args:
-      data: data set directory.
-      model: the model that will read it.
-      mode: inference mode.
-      labels: table of the answers (class labels, or follow-up of a survival task); empty: none, all unknown.
-      genes: gene table; empty: tables/genes.npz of the data set. Read only if the mode needs genes.
-      cnv: copy-number table, for modes of two-stream variants that need it.
-      task: label column; empty: the model's.
-
-    Returns:
-      Reader of the samples' bags, cohort, and the gene tables by batch field.
-
-    Raises:
-      ValueError: another patch width, missing genes or tables that do not join.
-    """
-    manifest = Manifest.load(data)
-    check_width(manifest, model.spec.feat_dim)
-    genes_path = None
-    if schema.GENES in model.method.mode(mode).fields:
-        genes_path = pathlib.Path(genes) if genes else pathlib.Path(data) / "tables" / "genes.npz"
-        if not genes_path.exists():
-            raise ValueError(f"mode {mode!r} needs genes, but there is no {genes_path.name}: give --genes FILE")
-    # Without tables every slide is predicted; tables keyed by case take the slides of a case as in training.
-    by_case = labels or genes_path or model.cfg.data.slide_choice == ALL_SLIDES
-    answers = {model.task.answers: pathlib.Path(labels)} if labels else {}
-    cohort = model.task.open_cohort(
-        manifest,
-        model.cfg,
-        Tables(genes=genes_path, **answers),
-        task=(task or model.cfg.task) if labels else None,
-        unit=model.cfg.data.unit if by_case else "slide",
-        read_genes=lambda path: gene_choice.read_table(model.cfg, path),
-    )
-    if labels and list(cohort.class_names) != model.class_names:
-        raise ValueError(f"{labels} has classes {list(cohort.class_names)}, the model {model.class_names}")
-    tables = {} if cohort.genes is None else {schema.GENES: cohort.genes}
-    if gene_choice.CNV in model.method.mode(mode).fields:
-        tables[gene_choice.CNV] = gene_choice.read_copy_number(cnv, cohort)
-    return cohort.open_bags(BagReader(manifest)), cohort, tables
-
-
-def _source(
-    reader: Reader, cohort: Cohort, tables: Mapping[str, GeneTable], model: Model, mode: str, with_coords: bool = False
-) -> StepSource:
-    fields: dict[str, Any] = {field: s.apply_table(tables[field]) for field, s in model.selections.items()}
-    if fields:
-        fields[schema.HAS_GENES] = cohort.has_genes
-    plan = packing.plan_evaluation(
-        reader.manifest.sizes[cohort.bag_index],
-        target_capacity=16 * model.cfg.data.chunk,
-        num_slots=model.cfg.eval.slots,
-        multiple_of=model.cfg.data.row_multiple,
-    )
-    table = SlideTable(cohort.bag_index, fields)
-    wanted = model.method.mode(mode).fields
-    ids = cluster_choice.of_model(model.cfg, wanted, model.clusters, reader, cohort.bag_index)
-    return StepSource(reader, table, plan, dtype=reader.manifest.dtype, with_coords=with_coords, clusters=ids)
-
-
 def predict(folders: Sequence[pathlib.Path], data: pathlib.Path, mode: str, **tables: str) -> Table:
     """Predictions of every model on every slide of a data set (the fold column tells the models apart).
 
@@ -124,18 +54,17 @@ def predict(folders: Sequence[pathlib.Path], data: pathlib.Path, mode: str, **ta
       folders: model folders.
       data: data set directory; genes are read only if the mode needs them.
       mode: inference mode.
-      **tables: labels, genes, cnv, task as in `open_cohort`.
+      **tables: labels, genes, cnv, task as in `new_bags.open_cohort`; of image pairs `labelled`.
 
     Returns:
-      One row per slide and model.
+      One row per slide (or image) and model.
     """
-    feeder = StreamFeeder(sharding.make_mesh(1), threads=2)
     parts = []
     for folder in folders:
         model = model_dir.load(folder, mode)
-        reader, cohort, genes = open_cohort(data, model, mode, **tables)
-        if cohort.dropped:
-            logging.warning("%s", _drop_text(cohort))
+        new = data_kinds.new_data(model.cfg).open_new(model, mode, data, **tables)
+        if new.cohort.dropped:
+            logging.warning("%s", _drop_text(new.cohort))
         run = jax.jit(lambda batch, model=model: model.method.predict(model.params, {}, model.extra, batch, mode))
 
         def step(batch, number, run=run):
@@ -145,10 +74,9 @@ def predict(folders: Sequence[pathlib.Path], data: pathlib.Path, mode: str, **ta
         def bar(batches: Iterable, name=folder.parent.name) -> Iterable:
             return tqdm(batches, desc=f"{mode}, {name}", unit="step", disable=None)
 
-        source = _source(reader, cohort, genes, model, mode)
-        task, bags = model.task, source.table.slide_index
-        found = evaluate.predict_source(step, source, feeder, task.outputs, progress=bar)
-        parts.append(evaluate.as_table(task, found, bags, cohort, task.targets(cohort), model.facts["fold"]))
+        task, rows, targets = model.task, new.source.table.slide_index, model.task.targets(new.cohort)
+        found = evaluate.predict_source(step, new.source, new.feeder, task.outputs, progress=bar)
+        parts.append(evaluate.as_table(task, found, rows, new.cohort, targets, model.facts["fold"]))
     return task.concatenate(parts)
 
 
@@ -160,6 +88,8 @@ def _drop_text(cohort: Cohort) -> str:
 def export_attention(folder: pathlib.Path, data: pathlib.Path, mode: str, out: pathlib.Path) -> list[pathlib.Path]:
     """Writes one CSV per slide: x, y (level-0 pixels, -1 if the data set has no coordinates) and attention.
 
+    Of models that read whole images: one CSV per image, with row and column of the token.
+
     Args:
       folder: a model folder.
       data: data set directory.
@@ -170,8 +100,10 @@ def export_attention(folder: pathlib.Path, data: pathlib.Path, mode: str, out: p
       The files, in manifest order.
     """
     model = model_dir.load(folder, mode)
+    if data_kinds.kind_of(model.cfg) != data_kinds.BAGS:
+        return pair_attention.write_tables(pair_attention.attend(folder, data, mode), out)
     reader, cohort, genes = open_cohort(data, model, mode)
-    source = _source(reader, cohort, genes, model, mode, with_coords=True)
+    source = make_source(reader, cohort, genes, model, mode, with_coords=True)
     mesh = sharding.make_mesh(1)
     run = jax.jit(lambda batch: model.method.attention(model.params, {}, model.extra, batch, mode))
     with storage_errors(out):

@@ -63,6 +63,8 @@ class DataSpec:
       num_genes: width K of the batch field `genes`.
       task: "classification" or "survival".
       gene_groups: sizes of consecutive blocks of `genes`, one per functional group; empty: no groups.
+      image_size: (height, width) of the images of a step of pairs; None: the data are bags.
+      vector_size: width P of the field `partner` if it is a vector; 0: it is an image, or absent.
     """
 
     feat_dim: int
@@ -70,6 +72,8 @@ class DataSpec:
     num_genes: int = 0
     task: str = CLASSIFICATION
     gene_groups: tuple[int, ...] = ()
+    image_size: tuple[int, int] | None = None
+    vector_size: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

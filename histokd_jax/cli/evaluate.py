@@ -20,7 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", type=pathlib.Path, required=True, metavar="RUN", help="run directory")
     parser.add_argument("--data", type=pathlib.Path, metavar="DATASET", help="external data set")
     parser.add_argument(
-        "--labels", default="", metavar="FILE", help="its labels or follow-up; default: tables/{labels,survival}.csv"
+        "--labels",
+        default="",
+        metavar="FILE",
+        help="its labels or follow-up; default: tables/{labels,survival}.csv (image pairs hold their own)",
     )
     parser.add_argument("--task", default="", help="label column; default: the task of the run")
     parser.add_argument("--mode", default="", help="pathology, both or genomics; default: infer.mode of the model")
@@ -57,7 +60,7 @@ def _facts(workdir: pathlib.Path) -> dict:
     import json
 
     from histokd_jax.tasks import get_task
-    from histokd_jax.train.run import summary_facts
+    from histokd_jax.train.run_summary import summary_facts
     from histokd_jax.utils import config
 
     path = workdir / "run_manifest.json"
@@ -68,21 +71,23 @@ def _facts(workdir: pathlib.Path) -> dict:
 
 
 def _resampling(cfg, bootstrap: int | None) -> dict:
-    from histokd_jax.train.run import resampling
+    from histokd_jax.train.run_summary import resampling
 
     options = resampling(cfg)
     return options if bootstrap is None else {**options, "bootstrap": bootstrap}
 
 
 def _external(args: argparse.Namespace, task, facts: dict):
-    from data_pipelines.manifest import Manifest
     from histokd_jax import inference
+    from histokd_jax.train import data_kinds
+    from histokd_jax.utils import config
 
     labels = args.labels or str(args.data / "tables" / f"{task.answers}.csv")
     folders = inference.model_folders(args.workdir)
     mode = args.mode or inference.default_mode(folders[0])
     table = inference.predict(folders, args.data, mode, labels=labels, genes=args.genes, cnv=args.cnv, task=args.task)
-    manifest = Manifest.load(args.data)
+    cfg = config.from_json((args.workdir / "config.json").read_text())
+    manifest = data_kinds.training(cfg).open_manifest(args.data)
     return table, {
         **facts,
         "task": args.task or facts["task"],

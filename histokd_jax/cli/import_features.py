@@ -97,7 +97,7 @@ def _plan_and_run(args: argparse.Namespace, layout: str) -> int:
     )
     _print_plan(plan)
     if args.dry_run:
-        _print_rejected(plan.rejected)
+        print_rejected(plan.rejected)
         return EXIT_QUARANTINE if plan.rejected else 0
     outcome = _import(plan, args)
     _print_outcome(outcome, args.out)
@@ -139,7 +139,8 @@ def _print_plan(plan) -> None:
         print(f"  {note}")
 
 
-def _print_rejected(rejected) -> None:
+def print_rejected(rejected) -> None:
+    """What is in quarantine: counts by reason, and the first files."""
     import collections
 
     if not rejected:
@@ -161,4 +162,4 @@ def _print_outcome(outcome, out: pathlib.Path) -> None:
         f"{out}: {state}: {len(manifest.slides)} slides of {cases} cases, {int(manifest.sizes.sum())} patches of width "
         f"{manifest.feat_dim} in {manifest.dtype}{kept}"
     )
-    _print_rejected(outcome.rejected)
+    print_rejected(outcome.rejected)

@@ -5,6 +5,7 @@
   histokd simulate --out data/sim --set n_cases=500 --set signal_patches=0.5
   histokd simulate --out data/brca --labels labels.csv --genes brca.csv.zip --tasks ER,PR,HER2
                                                                         real genes and labels, simulated bags
+  histokd simulate --out data/pairs --kind pairs --set n_train=256        image pairs: grade plain in IHC, faint in H&E
 
 The data set, its manifest, and everything made from it later say "simulated".
 """
@@ -20,6 +21,7 @@ HELP = "write an openly simulated cohort"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `histokd simulate`."""
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="data set directory to write")
+    parser.add_argument("--kind", choices=("bags", "pairs"), default="bags", help="bags of patches, or image pairs")
     parser.add_argument("--preset", choices=("default", "demo"), default="default", help="sizes to start from")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="replace one field")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn")
@@ -30,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the data set and says what it is."""
+    if args.kind == "pairs":
+        return _pairs(args)
     from data_pipelines import simulate
 
     spec = make_spec(simulate.DEMO if args.preset == "demo" else simulate.SimulationSpec(), args.set, args.seed)
@@ -46,6 +50,17 @@ def run(args: argparse.Namespace) -> int:
         f"{args.out}: {len(manifest.slides)} simulated bags, {int(manifest.sizes.sum())} patches of width "
         f"{manifest.feat_dim} ({manifest.name})"
     )
+    return 0
+
+
+def _pairs(args: argparse.Namespace) -> int:
+    from data_pipelines.pairs.simulate import PairSpec, simulate_pairs
+
+    if args.labels or args.genes or args.preset != "default":
+        raise ValueError("--labels, --genes and --preset are for bags; image pairs take --set and --seed")
+    manifest = simulate_pairs(args.out, make_spec(PairSpec(), args.set, args.seed))
+    height, width = manifest.image_size
+    print(f"{args.out}: {len(manifest.examples)} simulated image pairs of {height}x{width} pixels ({manifest.name})")
     return 0
 
 

@@ -16,6 +16,7 @@ from histokd_jax.types import CLASSIFICATION, SURVIVAL, DataSpec
 
 Groups = Mapping[str, Any]
 """Parameter group -> tree."""
+PARAMS, STATISTICS = "params", "batch_stats"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Adapter:
       task: "classification" or "survival".
       gene_groups: where the sizes of gene groups can be read off, if there are any.
       genes_in_config: whether the number of genes is a setting (genes.top_k), which no tensor shows.
+      statistics: whether the network keeps running statistics: its group is then {"params", "batch_stats"} in both
+        directions.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Adapter:
     task: str = CLASSIFICATION
     gene_groups: GroupSizes | None = None
     genes_in_config: bool = False
+    statistics: bool = False
 
 
 def adapters(cfg: ConfigDict) -> dict[str, Adapter]:
@@ -157,10 +161,31 @@ def _dead(name: str, options: Mapping[str, Any]) -> tuple[str, ...]:
     return ()
 
 
+def _hmkd(cfg: ConfigDict) -> dict[str, Adapter]:
+    from histokd_jax.methods.hmkd import torch_keys
+    from histokd_jax.methods.hmkd.config import paired_spec
+    from histokd_jax.methods.hmkd.objective import STUDENT, TEACHER
+
+    def one(group: str) -> Adapter:
+        def read(state: Tensors, data: DataSpec) -> Groups:
+            trees = torch_keys.from_torch(state, paired_spec(cfg, data.num_classes), group)
+            return {group: dict(zip((PARAMS, STATISTICS), trees))}
+
+        def write(groups: Groups, data: DataSpec) -> Tensors:
+            trees = (groups[group][name] for name in (PARAMS, STATISTICS))
+            return torch_keys.to_torch(*trees, paired_spec(cfg, data.num_classes), group)
+
+        counters = torch_keys.counters(paired_spec(cfg, 2), group)
+        return Adapter(f"HM-KD {group}", (group,), read, write, counters, statistics=True)
+
+    return {group: one(group) for group in (TEACHER, STUDENT)}
+
+
 _PATHWAYS = GroupSizes(r"sig_networks\.(\d+)\.0\.0\.weight", 1)
 _GROUPED: Mapping[str, GroupSizes] = {"mcat": _PATHWAYS, "survpath": _PATHWAYS}
 _METHODS: Mapping[str, Callable[[ConfigDict], dict[str, Adapter]]] = {
     "mkd": _mkd,
     "ghanet": _ghanet,
     "supervised": _supervised,
+    "hmkd": _hmkd,
 }

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from data_pipelines import torch_file
 from data_pipelines.survival import TimeBins
 from histokd_jax.convert import widths
-from histokd_jax.convert.adapters import Adapter, adapters
+from histokd_jax.convert.adapters import PARAMS, STATISTICS, Adapter, adapters
 from histokd_jax.convert.matching import ConversionError, Matched, Tensors, match
 from histokd_jax.tasks.survival import bin_names
 from histokd_jax.train import model_dir
@@ -31,11 +31,13 @@ class Converted:
       params: parameter group -> tree, float32.
       spec: what it expects of the data, widths as the tensors show them.
       matched: network -> what was taken from its checkpoint.
+      extra: parameter group -> running statistics, of networks that keep some.
     """
 
     params: Mapping[str, Any]
     spec: DataSpec
     matched: Mapping[str, Matched]
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def from_checkpoints(cfg: ConfigDict, checkpoints: Mapping[str, pathlib.Path]) -> Converted:
@@ -56,15 +58,24 @@ def from_checkpoints(cfg: ConfigDict, checkpoints: Mapping[str, pathlib.Path]) -
     chosen = {_network(name, known): path for name, path in checkpoints.items()}
     states = {name: torch_file.read_state_dict(path) for name, path in chosen.items()}
     spec = widths.data_spec(cfg, {name: (known[name], states[name], str(chosen[name])) for name in chosen})
-    like = widths.shapes_of(cfg, spec)
-    params, matched = {}, {}
+    params, extra, matched = {}, {}, {}
     for name, path in chosen.items():
         adapter = known[name]
+        like = widths.shapes_of(cfg, spec, adapter.statistics)
         expected = widths.expected(adapter, like, spec)
         matched[name] = match(states[name], expected, adapter.dead, where=str(path), network=adapter.name)
         found = adapter.from_torch(matched[name].tensors, spec)
-        params |= {group: _cast(found[group], like[group], group) for group in adapter.groups if group in like}
-    return Converted(params, spec, matched)
+        trees = {group: _cast(found[group], like[group], group) for group in adapter.groups if group in like}
+        own, statistics = _split(adapter, trees)
+        params, extra = params | own, extra | statistics
+    return Converted(params, spec, matched, extra)
+
+
+def _split(adapter: Adapter, trees: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters and running statistics by group."""
+    if not adapter.statistics:
+        return dict(trees), {}
+    return tuple({group: tree[name] for group, tree in trees.items()} for name in (PARAMS, STATISTICS))
 
 
 def _network(name: str, known: Mapping[str, Adapter]) -> str:
@@ -133,7 +144,7 @@ def write_model(
         "fold": 0,
         "trained_on": {"converted_from": dict(source or {})},
     }
-    model_dir.write(directory, converted.params, facts)
+    model_dir.write(directory, converted.params, facts, converted.extra)
 
 
 def _answers(spec: DataSpec, class_names: Sequence[str], edges: Sequence[float]) -> dict[str, Any]:
@@ -176,5 +187,7 @@ def to_checkpoint(directory: pathlib.Path, network: str = "") -> Tensors:
         raise ConversionError(f"{directory} holds the networks {present}: choose one with --network")
     adapter = known[network or present[0]]
     groups = [group for group in adapter.groups if group in facts["params_sha256"]]
-    params, _ = model_dir.read_groups(directory, facts, method, groups)
+    params, extra = model_dir.read_groups(directory, facts, method, groups)
+    if adapter.statistics:
+        params = {group: {PARAMS: tree, STATISTICS: extra[group]} for group, tree in params.items()}
     return adapter.to_torch(jax.tree.map(np.asarray, params), spec)

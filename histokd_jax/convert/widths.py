@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from histokd_jax.convert.adapters import Adapter
+from histokd_jax.convert.adapters import PARAMS, STATISTICS, Adapter
 from histokd_jax.convert.matching import ConversionError, Tensors, plain
 from histokd_jax.methods import registry
 from histokd_jax.types import DataSpec
@@ -29,10 +29,17 @@ def fitted(cfg: ConfigDict, feat_dim: int) -> ConfigDict:
     return cfg
 
 
-def shapes_of(cfg: ConfigDict, spec: DataSpec) -> dict[str, Any]:
-    """Parameter group -> tree of shapes; nothing is computed."""
+def shapes_of(cfg: ConfigDict, spec: DataSpec, statistics: bool = False) -> dict[str, Any]:
+    """Parameter group -> tree of shapes; nothing is computed.
+
+    Args:
+      cfg: resolved configuration.
+      spec: widths.
+      statistics: whether a group is {"params", "batch_stats"}, see `Adapter`.
+    """
     method = registry.get_method(cfg.method)(fitted(cfg, spec.feat_dim), spec)
-    return jax.eval_shape(method.init, jax.random.key(0))[0]
+    params, extra = jax.eval_shape(method.init, jax.random.key(0))
+    return {group: {PARAMS: tree, STATISTICS: extra[group]} for group, tree in params.items()} if statistics else params
 
 
 def expected(adapter: Adapter, like: Mapping[str, Any], spec: DataSpec) -> dict[str, tuple[int, ...]]:
@@ -92,10 +99,10 @@ def _start(cfg: ConfigDict, sources: Mapping[str, tuple[Adapter, Tensors, str]])
 
 def _probe(cfg: ConfigDict, adapter: Adapter, spec: DataSpec) -> dict[str, tuple[str, int]]:
     """Field of the specification -> (key, axis) that grows with it."""
-    shapes, found = expected(adapter, shapes_of(cfg, spec), spec), {}
+    shapes, found = expected(adapter, shapes_of(cfg, spec, adapter.statistics), spec), {}
     for field in ("feat_dim", "num_classes", *(("num_genes",) if spec.num_genes == _NUM_GENES else ())):
         larger = dataclasses.replace(spec, **{field: getattr(spec, field) + 1})
-        where = _grown(shapes, expected(adapter, shapes_of(cfg, larger), larger))
+        where = _grown(shapes, expected(adapter, shapes_of(cfg, larger, adapter.statistics), larger))
         if where is not None:
             found[field] = where
     return found

@@ -31,7 +31,9 @@ MULTICLASS_METRICS = (
     "accuracy",
     "balanced_accuracy",
     "macro_f1",
+    "weighted_f1",
     "cohen_kappa",
+    "quadratic_kappa",
     "brier",
 )
 LOWER_IS_BETTER = frozenset({"brier"})
@@ -65,7 +67,7 @@ def classification_metrics(
     Raises:
       ValueError: on empty input, wrong shapes, labels outside [0, C) or non-finite probabilities.
     """
-    labels, probs, weights = _checked(labels, probs, weights)
+    labels, probs, weights = checked(labels, probs, weights)
     num_classes = probs.shape[1]
     confusion = confusion_matrix(labels, probs.argmax(axis=1), num_classes, weights)
     present = np.unique(labels)
@@ -75,6 +77,8 @@ def classification_metrics(
         "accuracy": accuracy(confusion),
         "balanced_accuracy": balanced_accuracy(confusion, present),
         "macro_f1": macro_f1(confusion, present),
+        "weighted_f1": weighted_f1(confusion),
+        "quadratic_kappa": quadratic_kappa(confusion),
         "cohen_kappa": cohen_kappa(confusion),
         "brier": brier(labels, probs, weights),
     }
@@ -101,7 +105,7 @@ def auroc(positive: np.ndarray, score: np.ndarray, weights: np.ndarray | None = 
     """
     pos, neg = _tie_group_weights(positive, score, weights)
     below = np.cumsum(neg, axis=-1) - neg
-    return _ratio((pos * (below + 0.5 * neg)).sum(-1), pos.sum(-1) * neg.sum(-1))
+    return ratio((pos * (below + 0.5 * neg)).sum(-1), pos.sum(-1) * neg.sum(-1))
 
 
 def average_precision(positive: np.ndarray, score: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -119,7 +123,7 @@ def average_precision(positive: np.ndarray, score: np.ndarray, weights: np.ndarr
     true_pos, selected = np.cumsum(pos, axis=-1), np.cumsum(pos + neg, axis=-1)
     # Thresholds above every drawn row select nothing; they add no recall, so any finite precision will do.
     at_threshold = true_pos / np.where(selected > 0, selected, 1.0)
-    return _ratio((pos * at_threshold).sum(-1), pos.sum(-1))
+    return ratio((pos * at_threshold).sum(-1), pos.sum(-1))
 
 
 def macro_auroc(labels: np.ndarray, probs: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -164,46 +168,80 @@ def confusion_matrix(
 
 def accuracy(confusion: np.ndarray) -> np.ndarray:
     """Share of correct decisions. `confusion` [..., C, C] -> [...]."""
-    return _ratio(np.trace(confusion, axis1=-2, axis2=-1), confusion.sum((-2, -1)))
+    return ratio(np.trace(confusion, axis1=-2, axis2=-1), confusion.sum((-2, -1)))
 
 
 def balanced_accuracy(confusion: np.ndarray, present: np.ndarray | None = None) -> np.ndarray:
     """Mean recall over the classes `present` (default: all). [..., C, C] -> [...]; NaN if one has no cases."""
-    recalls = _ratio(_diagonal(confusion), confusion.sum(-1))
+    recalls = ratio(diagonal(confusion), confusion.sum(-1))
     return (recalls if present is None else recalls[..., present]).mean(-1)
 
 
 def macro_f1(confusion: np.ndarray, present: np.ndarray | None = None) -> np.ndarray:
     """Mean of the per-class F1 over the classes `present` (default: all). [..., C, C] -> [...]."""
-    scores = _ratio(2 * _diagonal(confusion), confusion.sum(-1) + confusion.sum(-2))
+    scores = ratio(2 * diagonal(confusion), confusion.sum(-1) + confusion.sum(-2))
     return (scores if present is None else scores[..., present]).mean(-1)
+
+
+def weighted_f1(confusion: np.ndarray) -> np.ndarray:
+    """Mean of the per-class F1 weighted by the true cases of each class (cocofnet_hmkd.md, section 11).
+
+    A class without true cases has weight 0; one with cases that is never predicted has F1 0.
+
+    Args:
+      confusion: [..., C, C].
+
+    Returns:
+      [...]; NaN without cases.
+    """
+    support = confusion.sum(-1)
+    scores = ratio(2 * diagonal(confusion), support + confusion.sum(-2))
+    return ratio((np.where(support > 0, scores, 0.0) * support).sum(-1), support.sum(-1))
+
+
+def quadratic_kappa(confusion: np.ndarray) -> np.ndarray:
+    """Agreement of ordered classes beyond chance: disagreements count with the square of their distance.
+
+    1 - sum w O / sum w E with w = (i - j)^2, O the confusion matrix and E that of independent margins (Cohen 1968).
+
+    Args:
+      confusion: [..., C, C], classes in their order.
+
+    Returns:
+      [...]; NaN where all cases, true and predicted, are in one class.
+    """
+    classes = np.arange(confusion.shape[-1])
+    weight = (classes[:, None] - classes) ** 2
+    total = confusion.sum((-2, -1))[..., None, None]
+    expected = ratio(confusion.sum(-1)[..., :, None] * confusion.sum(-2)[..., None, :], total)
+    return 1.0 - ratio((weight * confusion).sum((-2, -1)), (weight * expected).sum((-2, -1)))
 
 
 def precision(confusion: np.ndarray) -> np.ndarray:
     """TP / (TP + FP) of class 1. [..., 2, 2] -> [...]; NaN if nothing is predicted positive."""
-    return _ratio(confusion[..., 1, 1], confusion[..., :, 1].sum(-1))
+    return ratio(confusion[..., 1, 1], confusion[..., :, 1].sum(-1))
 
 
 def recall(confusion: np.ndarray) -> np.ndarray:
     """TP / (TP + FN) of class 1. [..., 2, 2] -> [...]; NaN without positives."""
-    return _ratio(confusion[..., 1, 1], confusion[..., 1, :].sum(-1))
+    return ratio(confusion[..., 1, 1], confusion[..., 1, :].sum(-1))
 
 
 def specificity(confusion: np.ndarray) -> np.ndarray:
     """TN / (TN + FP). [..., 2, 2] -> [...]; NaN without negatives."""
-    return _ratio(confusion[..., 0, 0], confusion[..., 0, :].sum(-1))
+    return ratio(confusion[..., 0, 0], confusion[..., 0, :].sum(-1))
 
 
 def f1(confusion: np.ndarray) -> np.ndarray:
     """2 TP / (2 TP + FP + FN) of class 1. [..., 2, 2] -> [...]; NaN with no true and no predicted positive."""
-    return _ratio(2 * confusion[..., 1, 1], confusion[..., 1, :].sum(-1) + confusion[..., :, 1].sum(-1))
+    return ratio(2 * confusion[..., 1, 1], confusion[..., 1, :].sum(-1) + confusion[..., :, 1].sum(-1))
 
 
 def cohen_kappa(confusion: np.ndarray) -> np.ndarray:
     """Agreement beyond chance, (p_o - p_e) / (1 - p_e), unweighted. [..., C, C] -> [...]; NaN where p_e = 1."""
     total = confusion.sum((-2, -1))
-    expected = _ratio((confusion.sum(-1) * confusion.sum(-2)).sum(-1), total * total)
-    return _ratio(accuracy(confusion) - expected, 1.0 - expected)
+    expected = ratio((confusion.sum(-1) * confusion.sum(-2)).sum(-1), total * total)
+    return ratio(accuracy(confusion) - expected, 1.0 - expected)
 
 
 def brier(labels: np.ndarray, probs: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -221,7 +259,7 @@ def brier(labels: np.ndarray, probs: np.ndarray, weights: np.ndarray | None = No
     error = ((probs - np.eye(probs.shape[1])[labels]) ** 2).sum(-1)
     # Two classes: both columns hold the same squared error; the usual definition counts it once.
     error = error / 2 if probs.shape[1] == 2 else error
-    return _ratio(weights @ error, weights.sum(-1))
+    return ratio(weights @ error, weights.sum(-1))
 
 
 def undefined_reason(name: str, labels: np.ndarray, probs: np.ndarray) -> str:
@@ -235,7 +273,7 @@ def undefined_reason(name: str, labels: np.ndarray, probs: np.ndarray) -> str:
     Returns:
       The reason; for a macro metric that is defined but leaves out absent classes, a note that says so; else "".
     """
-    labels, probs, _ = _checked(labels, probs, None)
+    labels, probs, _ = checked(labels, probs, None)
     counts = np.bincount(labels, minlength=probs.shape[1])
     if np.isnan(classification_metrics(labels, probs)[name]):
         if np.count_nonzero(counts) == 1:
@@ -247,9 +285,14 @@ def undefined_reason(name: str, labels: np.ndarray, probs: np.ndarray) -> str:
     return ""
 
 
-def _checked(
+def checked(
     labels: np.ndarray, probs: np.ndarray, weights: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels [n] int64, probs [n, C] float64 and weights [..., n].
+
+    Raises:
+      ValueError: wrong shapes, labels outside [0, C), or probabilities that are not finite.
+    """
     labels, probs = np.asarray(labels), np.asarray(probs, np.float64)
     if probs.ndim != 2 or probs.shape[1] < 2 or labels.shape != probs.shape[:1] or not len(labels):
         raise ValueError(f"expected labels [n] and probs [n, C >= 2] with n >= 1, got {labels.shape} and {probs.shape}")
@@ -285,11 +328,12 @@ def _one_vs_rest(metric, labels: np.ndarray, probs: np.ndarray, weights: np.ndar
     return np.mean([metric(labels == c, probs[:, c], weights) for c in np.unique(labels)], axis=0)
 
 
-def _diagonal(confusion: np.ndarray) -> np.ndarray:
+def diagonal(confusion: np.ndarray) -> np.ndarray:
+    """[..., C, C] -> [..., C]."""
     return np.diagonal(confusion, axis1=-2, axis2=-1)
 
 
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """numerator / denominator, NaN where the denominator is 0."""
     numerator, denominator = np.broadcast_arrays(np.asarray(numerator, float), np.asarray(denominator, float))
     out = np.full(numerator.shape, np.nan)

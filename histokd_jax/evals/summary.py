@@ -23,12 +23,15 @@ from histokd_jax.evals.classification import (
     metric_names,
     undefined_reason,
 )
+from histokd_jax.evals.per_class import summarise_classes
 from histokd_jax.evals.predictions import UNLABELLED, Predictions, atomic_writer
 
 FORMAT_VERSION = 1
 LEVEL = 0.95
 UNITS = ("patient", "slide")
-MARKS = {"simulated": "simulated bags", "patient_overlap": "within one patient, across sections"}
+SIMULATED = {"bags": "simulated bags", "pairs": "simulated images"}
+"""What a simulation made, by `data_kind` of a run (absent: bags)."""
+MARKS = {"simulated": SIMULATED["bags"], "patient_overlap": "within one patient, across sections"}
 LABELS = {
     "auroc": "AUROC",
     "average_precision": "Average precision",
@@ -40,6 +43,8 @@ LABELS = {
     "specificity": "Specificity",
     "cohen_kappa": "Cohen's kappa",
     "macro_f1": "Macro F1",
+    "weighted_f1": "Weighted F1",
+    "quadratic_kappa": "Quadratic-weighted kappa",
     "brier": "Brier score (lower is better)",
 }
 
@@ -96,7 +101,7 @@ def summarise(
     Returns:
       {"format_version", "num_classes", "folds", "bootstrap": {...}, "modes": {mode: {"n_rows", "n_patients",
       "per_fold_counts": [{"fold", "n", "per_class"}], "metrics": {name: {"per_fold", "mean", "std", "ci", "reason",
-      ...}}}}, **facts}. The interval `ci` is of the mean over folds.
+      ...}}}}, **facts}. The interval `ci` is of the mean over folds; for more than two classes see also `per_class`.
 
     Raises:
       ValueError: if the class counts differ, a row has no label, or a fact has the name of an entry.
@@ -182,7 +187,8 @@ def verdict(difference: float, low: float, high: float, *, lower_is_better: bool
 
 def marks(summary: Mapping[str, Any]) -> list[str]:
     """What must be said about the data beside every number of a summary."""
-    own = [text for key, text in MARKS.items() if summary.get(key)]
+    texts = {**MARKS, "simulated": SIMULATED[summary.get("data_kind", "bags")]}
+    own = [text for key, text in texts.items() if summary.get(key)]
     return own[::-1] + list(summary.get("marks", ()))
 
 
@@ -259,6 +265,7 @@ def _summarise_mode(rows: Predictions, how: _Resampling) -> dict[str, Any]:
         "n_redrawn_resamples": drawn.n_redrawn,
         "per_fold_counts": [_counts(rows, k) for k in rows.folds],
         "metrics": metrics,
+        **(summarise_classes(rows, drawn, LEVEL) if rows.num_classes > 2 else {}),
     }
 
 

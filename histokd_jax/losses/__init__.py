@@ -8,6 +8,7 @@ sides: `histokd_jax.methods.terms` stops those of the teacher, unless the loss i
 [b, channels, positions ...]. `catalogue` lists every loss under the name that a configuration uses.
 """
 
+from histokd_jax.losses.attention_maps import attention_map_distance, cosine_distance, logit_kl
 from histokd_jax.losses.boundaries import ab_loss, doubling_weights, ofd_loss, ofd_margin
 from histokd_jax.losses.catalogue import CATALOGUE, Entry
 from histokd_jax.losses.classification import correct, cross_entropy
@@ -92,6 +93,7 @@ __all__ = [
     "barlow_terms",
     "cc_kernel_loss",
     "cc_product_loss",
+    "attention_map_distance",
     "ce_survival",
     "cka",
     "cka_loss",
@@ -101,6 +103,7 @@ __all__ = [
     "correct",
     "cosine_loss",
     "covariance_penalty",
+    "cosine_distance",
     "cox_loss",
     "crd_init",
     "crd_loss",
@@ -134,6 +137,7 @@ __all__ = [
     "kdcl_pair_loss",
     "kdcl_target",
     "log_survival",
+    "logit_kl",
     "mean_covariance",
     "mmd_loss",
     "momentum_update",

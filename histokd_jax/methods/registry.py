@@ -14,9 +14,14 @@ METHODS = {
     "ghanet": "histokd_jax.methods.ghanet.method",
     "survival_kd": "histokd_jax.methods.survival_kd.method",
     "distil": "histokd_jax.methods.distil.method",
+    "image_classifier": "histokd_jax.methods.image_classifier.method",
+    "hmkd": "histokd_jax.methods.hmkd.method",
 }
 """Name -> module with `make_method(config, data) -> Method`, `default_config()` and `validate(config)`; optional are
-`TASKS`, the kinds of task it knows (all, if absent), and `CONTROL`, the settings (key -> value) of its control arm."""
+`TASKS`, the kinds of task it knows (all, if absent), `CONTROL`, the settings (key -> value) of its control arm, and
+`FROZEN`, parameter groups that may be read from a finished run (group -> configuration key of its folder), with
+`UNFROZEN`, settings under which the run would train them itself, and `precompute(config, data, frozen, batches,
+examples)`, which may replace them by their outputs."""
 
 
 def method_module(name: str) -> ModuleType:

@@ -10,9 +10,19 @@ from typing import Any
 
 from histokd_jax.evals.predictions import atomic_writer
 from histokd_jax.evals.summary import compare
-from histokd_jax.report import plots, results, survival_results
+from histokd_jax.report import classes, plots, results, survival_results
 from histokd_jax.report.html import Body, Cell, Html, Part, element, join, page, section, table
-from histokd_jax.report.run_dir import CLASSIFICATION, OVERLAP, SIMULATED, SURVIVAL, Run, flatten, lambdas, load_run
+from histokd_jax.report.run_dir import (
+    CLASSIFICATION,
+    OVERLAP,
+    SIMULATED,
+    SIMULATED_IMAGES,
+    SURVIVAL,
+    Run,
+    flatten,
+    lambdas,
+    load_run,
+)
 from histokd_jax.report.training import training_figures
 
 BANNERS = {
@@ -20,6 +30,11 @@ BANNERS = {
         "Simulated bags. ",
         "The patch embeddings behind every number here were generated, not extracted from slides. The numbers show how "
         "the software behaves; they say nothing about patients.",
+    ),
+    SIMULATED_IMAGES: (
+        "Simulated images. ",
+        "The images behind every number here were drawn by a program. The numbers show how the software behaves; they "
+        "say nothing about patients.",
     ),
     OVERLAP: (
         "Within one patient, across sections. ",
@@ -87,6 +102,7 @@ def _classification(run: Run) -> Body:
             "What distillation bought",
             results.comparison_section(run, comparison),
         ),
+        *([Part("classes", "Classes", "Every class", classes.class_section(run))] if classes.has_classes(run) else []),
         Part("curves", "ROC / PRC", "ROC and precision-recall", results.curve_figures(run)),
         Part("calibration", "Calibration", "Calibration", results.calibration_figure(run)),
         Part("training", "Training", "Training", training_figures(run)),

@@ -107,6 +107,33 @@ def calibration_panels(panels: Mapping[str, Calibration], *, x: str, y: str) -> 
         return data_uri(figure)
 
 
+def confusion_panels(panels: Mapping[str, np.ndarray], classes: Sequence[str]) -> str:
+    """Confusion matrices: counts as text, the shade is the share of the true class.
+
+    Args:
+      panels: title -> [C, C] counts, rows are true classes.
+      classes: C names.
+
+    Returns:
+      Data URI.
+    """
+    ticks = range(len(classes))
+    with canvas(len(panels), height=1.4 + 0.55 * len(classes)) as (figure, axes):
+        for axis, (title, counts) in zip(axes, panels.items(), strict=True):
+            share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+            axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+            for (row, column), value in np.ndenumerate(share):
+                # White on dark shades, or the numbers cannot be read.
+                colour = "white" if value > 0.5 else "#1b2430"
+                text = f"{counts[row, column]:.0f}\n{value:.0%}"
+                axis.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
+            axis.set_xticks(ticks, classes)
+            axis.set_yticks(ticks, classes)
+            axis.set(title=title, xlabel="predicted class", ylabel="true class")
+            axis.grid(visible=False)
+        return data_uri(figure)
+
+
 FOREST_AXIS = "difference, distilled - control (right of 0: distillation is better)"
 
 

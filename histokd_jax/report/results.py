@@ -21,6 +21,8 @@ MODE_TITLES = {
     "pathology": "Student: slide only",
     "both": "Teacher: slide + genes",
     "genomics": "Teacher: genes only",
+    "he": "Student: H&E only",
+    "he+ihc": "Teacher: H&E + IHC",
 }
 ROC_RESAMPLES = 400
 FOREST_METRICS = ("auroc", "average_precision", "balanced_accuracy", "f1", "macro_f1")
@@ -235,7 +237,7 @@ def _plain_words(run: Run, comparison: Mapping[str, Any]) -> list[str]:
     mode = run.headline_mode if run.headline_mode in comparison["modes"] else next(iter(comparison["modes"]))
     row = comparison["modes"][mode]["metrics"]["auroc"]
     simulated = (
-        " These are simulated bags: the number describes the simulation, not patients."
+        f" These are {run.marks[0]}: the number describes the simulation, not patients."
         if (run.manifest["simulated"])
         else ""
     )

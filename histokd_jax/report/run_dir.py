@@ -22,10 +22,11 @@ from typing import Any
 
 from data_pipelines.follow_up import read_survival
 from histokd_jax.evals.predictions import Predictions, read_predictions
+from histokd_jax.evals.summary import SIMULATED as SIMULATED_DATA
 from histokd_jax.evals.survival_measures import Reference
 from histokd_jax.evals.survival_predictions import SurvivalPredictions, read_survival_predictions
 
-SIMULATED = "simulated bags"
+SIMULATED, SIMULATED_IMAGES = SIMULATED_DATA["bags"], SIMULATED_DATA["pairs"]
 OVERLAP = "within one patient, across sections"
 CLASSIFICATION, SURVIVAL = "classification", "survival"
 READERS = {CLASSIFICATION: read_predictions, SURVIVAL: read_survival_predictions}
@@ -65,7 +66,8 @@ class Run:
         """What every title, table and figure must say about the data."""
         overlap = (OVERLAP,) if self.manifest.get("patient_overlap") else ()
         protocol = tuple(self.manifest.get("marks", ()))
-        return ((SIMULATED,) if self.manifest["simulated"] else ()) + overlap + protocol
+        simulated = (SIMULATED_DATA[self.manifest.get("data_kind", "bags")],) if self.manifest["simulated"] else ()
+        return simulated + overlap + protocol
 
     @property
     def kind(self) -> str:

@@ -21,18 +21,46 @@ from histokd_jax.evals.predictions import Predictions
 from histokd_jax.tasks.base import Found, Rows, Tables, Targets
 from histokd_jax.types import CLASSIFICATION
 
+AUC_MONITORS = ("mean_auc3", "student_auc")
+"""Monitors that mean AUROC; over which modes, the stages of a method say."""
 SUMMARY_FACTS = ("task", "method", "simulated", "patient_overlap", "dataset", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassificationTask:
-    """See `Task`."""
+    """See `Task`.
+
+    Attributes:
+      select_by: the metric that validation selects by.
+    """
+
+    select_by: str = "auroc"
 
     kind: str = CLASSIFICATION
     outputs: tuple[str, ...] = ("prob",)
-    monitor_name: str = "val_auc"
     answers: str = "labels"
     summary_facts: tuple[str, ...] = SUMMARY_FACTS
+
+    @classmethod
+    def from_config(cls, cfg: ConfigDict) -> ClassificationTask:
+        """The task of a configuration; early_stop.monitor names the selecting metric.
+
+        Raises:
+          ValueError: unknown monitor.
+        """
+        name = cfg.early_stop.monitor
+        known = [metric for metric in classification.metric_names(3) if metric not in classification.LOWER_IS_BETTER]
+        if name in AUC_MONITORS:
+            return cls()
+        if name not in known:
+            expected = ", ".join((*AUC_MONITORS, *known))
+            raise ValueError(f"early_stop.monitor={name!r} is unknown; choose one of {expected}")
+        return cls(name)
+
+    @property
+    def monitor_name(self) -> str:
+        """Name of the monitor on the progress bar."""
+        return "val_auc" if self.select_by == "auroc" else f"val_{self.select_by}"
 
     def open_cohort(self, manifest: Manifest, cfg: ConfigDict, tables: Tables, **options: Any) -> Cohort:
         """See `Task.open_cohort`."""
@@ -93,8 +121,13 @@ class ClassificationTask:
         return out
 
     def monitor(self, metrics: Mapping[str, float], modes: Iterable[str]) -> float:
-        """Mean AUC over modes."""
-        return float(np.mean([metrics[f"auroc_{mode}"] for mode in modes]))
+        """Mean of the selecting metric (AUC) over modes."""
+        names = [f"{self.select_by}_{mode}" for mode in modes]
+        if any(name not in metrics for name in names):
+            raise ValueError(
+                f"early_stop.monitor={self.select_by} does not exist for two classes; use auroc or accuracy"
+            )
+        return float(np.mean([metrics[name] for name in names]))
 
     def table(self, found: Found, targets: Targets, rows: Rows) -> Predictions:
         """See `Task.table`."""
@@ -140,5 +173,7 @@ class ClassificationTask:
         return summaries.print_table(summary)
 
     def measure(self) -> ablation.Measure:
-        """AUROC, average precision, balanced accuracy."""
-        return ablation.CLASSIFICATION
+        """AUROC, average precision, balanced accuracy; in front of them the selecting metric and accuracy, if other."""
+        first = () if self.select_by == "auroc" else (self.select_by, "accuracy")
+        names = tuple(dict.fromkeys((*first, *ablation.CLASSIFICATION.names)))
+        return dataclasses.replace(ablation.CLASSIFICATION, names=names)

@@ -28,7 +28,7 @@ def get_task(cfg: ConfigDict) -> Task:
     """
     kind = kind_of(cfg)
     if kind == CLASSIFICATION:
-        return ClassificationTask()
+        return ClassificationTask.from_config(cfg)
     if kind == SURVIVAL:
         return SurvivalTask.from_config(cfg.survival)
     raise ValueError(f"task_kind={kind!r} is unknown; choose one of {KINDS}")

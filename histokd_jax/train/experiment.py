@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,26 @@ from data_pipelines.assembler import Reader
 from data_pipelines.cohort import Cohort
 from data_pipelines.genes import GeneTable
 from data_pipelines.manifest import Manifest
-from data_pipelines.pipeline import SlideTable, StepSource
+from data_pipelines.pipeline import SlideTable, Source, StepSource
 from data_pipelines.reader import BagReader
 from data_pipelines.splits import CORRECTED, Split, make_folds, read_folds, split_fingerprint
 from histokd_jax.tasks import Tables, Targets, Task, get_task
 from histokd_jax.train import cluster_choice, gene_choice, teacher_table
+from histokd_jax.train.feed import make_feeder
 from histokd_jax.train.gene_choice import CNV, GENE_FIELDS, Selection
+from histokd_jax.train.step_shapes import check_mesh, share_shapes
 from histokd_jax.types import DataSpec, Method
+
+__all__ = ["Experiment", "FoldData", "check_mesh", "check_selection", "check_width", "find_tables", "fold_data"]
+__all__ += [
+    "load_experiment",
+    "make_feeder",
+    "open_manifest",
+    "resolve",
+    "resolve_width",
+    "share_shapes",
+    "split_marks",
+]
 
 PUBLISHED_MARK = "reported part = validation part (published protocol)"
 
@@ -59,9 +72,7 @@ class Experiment:
     @property
     def marks(self) -> list[str]:
         """What the protocol demands to be said beside every number."""
-        if not any(split.val_is_test for split in self.folds):
-            return []
-        return [PUBLISHED_MARK + (", epoch selected on it" if self.cfg.early_stop.enabled else "")]
+        return split_marks(self.folds, self.cfg)
 
     def data_spec(self, method_fields: tuple[str, ...], fold: int = 0) -> DataSpec:
         """What the method must know about the data; `fold` matters where folds choose genes of their own number."""
@@ -83,7 +94,7 @@ class Experiment:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FoldData:
-    """What one fold trains and is evaluated on.
+    """What one fold trains and is evaluated on; of any kind of data (see `data_kinds`).
 
     Attributes:
       train: planned training batches.
@@ -97,8 +108,8 @@ class FoldData:
       marks: what must be said beside every number of the fold.
     """
 
-    train: StepSource
-    evaluation: Mapping[str, StepSource]
+    train: Source
+    evaluation: Mapping[str, Source]
     selections: Mapping[str, Selection]
     split_hash: str
     task: Task
@@ -111,6 +122,18 @@ class FoldData:
         """The answers of the samples of a part, in the order of its source."""
         rows = getattr(self.split, part)
         return {name: values[rows] for name, values in self.targets.items()}
+
+
+def split_marks(folds: Sequence[Split], cfg: ConfigDict) -> list[str]:
+    """What the protocol of the splits demands to be said beside every number."""
+    if not any(split.val_is_test for split in folds):
+        return []
+    return [PUBLISHED_MARK + (", epoch selected on it" if cfg.early_stop.enabled else "")]
+
+
+def open_manifest(directory: str) -> Manifest:
+    """The manifest of a data set of this kind."""
+    return Manifest.load(directory)
 
 
 def load_experiment(cfg: ConfigDict) -> Experiment:
@@ -157,6 +180,10 @@ def resolve_width(cfg: ConfigDict) -> ConfigDict:
     return resolved.lock()
 
 
+resolve = resolve_width
+"""What the configuration takes from the data set (see `data_kinds`)."""
+
+
 def check_width(manifest: Manifest, expected: int) -> None:
     """Refuses a data set whose embeddings have another width than asked for.
 
@@ -197,7 +224,7 @@ def fold_data(experiment: Experiment, fold: int, method: Method) -> FoldData:
       ValueError: a part whose metrics would be undefined, or as the planners.
     """
     cfg, cohort, split = experiment.cfg, experiment.cohort, experiment.folds[fold]
-    _check_selection(cfg, split, fold)
+    check_selection(cfg, split, fold)
     experiment.task.check_split(cohort, split, fold)
     task = experiment.task.fit(cohort, split.train)
     targets = task.targets(cohort)
@@ -239,27 +266,6 @@ def fold_data(experiment: Experiment, fold: int, method: Method) -> FoldData:
         clusters=clusters,
         marks=marks,
     )
-
-
-def share_shapes(folds: list[FoldData]) -> list[FoldData]:
-    """Gives the steps of all folds one row length, so that one compiled program serves them; empty chunks are free."""
-
-    def longest(sources):
-        return max(source.plan.row_patches for source in sources)
-
-    def stretch(source, length):
-        return dataclasses.replace(source, plan=dataclasses.replace(source.plan, row_patches=length))
-
-    train = longest(fold.train for fold in folds)
-    evaluation = longest(source for fold in folds for source in fold.evaluation.values())
-    return [
-        dataclasses.replace(
-            fold,
-            train=stretch(fold.train, train),
-            evaluation={part: stretch(source, evaluation) for part, source in fold.evaluation.items()},
-        )
-        for fold in folds
-    ]
 
 
 def _rows(cfg: ConfigDict) -> int:
@@ -327,7 +333,12 @@ def _check_genes(experiment: Experiment, method: Method, needed: list[str]) -> N
         )
 
 
-def _check_selection(cfg: ConfigDict, split: Split, fold: int) -> None:
+def check_selection(cfg: ConfigDict, split: Split, fold: int) -> None:
+    """Refuses early stopping without a validation part.
+
+    Raises:
+      ValueError: naming the settings to change.
+    """
     if not len(split.val) and cfg.early_stop.enabled:
         raise ValueError(
             f"fold {fold} has no validation part, but early_stop.enabled=True selects on it: raise split.val_fraction, "

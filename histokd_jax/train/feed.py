@@ -39,8 +39,8 @@ class Fed:
     Attributes:
       batch: device arrays, fields as in `histokd_jax.types.Batch`. They hold until the second next step of the same
         iterator is asked for, which may reuse their memory.
-      patches: valid patches of the step on this process.
-      slide_index: [S] int32 on the host; bag of each slot for the reader, -1 for an empty slot.
+      patches: valid patches of the step on this process (of image pairs: real examples).
+      slide_index: [S] int32 on the host; bag (or example) of each slot for the reader, -1 for an empty slot.
       host_bytes: bytes that this process sent to its devices for this step.
     """
 
@@ -51,7 +51,13 @@ class Fed:
 
 
 class Feeder(Protocol):
-    """Gives the steps of a plan in order."""
+    """Gives the steps of a plan in order.
+
+    Attributes:
+      unit: what `Fed.patches` counts: "patches" or "images".
+    """
+
+    unit: str
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -80,6 +86,7 @@ class StreamFeeder:
     """
 
     identity: Mapping[str, str] = {}
+    unit = "patches"
 
     def __init__(self, mesh: Mesh, threads: int, facts: Mapping[str, Any] | None = None):
         self._mesh, self._facts = mesh, dict(facts or {})
@@ -123,6 +130,8 @@ class ResidentFeeder:
       cache: holds the cohort, also for other feeders of the same data.
       facts: more facts for `report`.
     """
+
+    unit = "patches"
 
     def __init__(
         self,

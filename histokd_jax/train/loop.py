@@ -80,6 +80,7 @@ class Job:
       directory: the fold's folder.
       identity: facts that must not change when resuming.
       title: shown on the progress bar.
+      frozen: networks that are not trained, see `Method.forward`; neither differentiated nor in any checkpoint.
     """
 
     cfg: ConfigDict
@@ -91,6 +92,7 @@ class Job:
     directory: pathlib.Path
     identity: Mapping[str, str]
     title: str = ""
+    frozen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -134,7 +136,8 @@ def fit(job: Job, stop: StopRequest) -> Fit:
         with MetricWriter(job.directory, upto) if distributed.is_main() else NoWriter() as writer:
             for index in range(progress.stage, len(method.stages)):
                 stage = method.stages[index]
-                state = job.programs.start(stage, params, extra, jax.random.fold_in(rng, index), example)
+                key = jax.random.fold_in(rng, index)
+                state = job.programs.start(stage, params, extra, key, example, job.frozen)
                 if saved:
                     state, saved = checkpoints.restore(state), None
                     logging.info("resumed at stage %s, step %d", stage.name, progress.step)
@@ -142,7 +145,8 @@ def fit(job: Job, stop: StopRequest) -> Fit:
                     progress = Progress(stage=index)
                 runner = _StageRunner(job, stage, checkpoints, writer, stop)
                 state, progress = runner.run(state, progress)
-                params, extra = selected_params(job.cfg, stage, state, progress), state.extra
+                params = selected_params(job.cfg, stage, state, progress)
+                extra = selected_extra(job.cfg, state, progress)
     return Fit(job.programs.whole(params), extra, progress, job.data.train.plan.fill())
 
 
@@ -166,6 +170,12 @@ def selected_params(cfg: ConfigDict, stage: Stage, state: TrainState, progress: 
     if cfg.ckpt.teachers == "last_epoch" and STUDENT_GROUP in stage.trainable:
         return {**state.params, STUDENT_GROUP: state.best_params[STUDENT_GROUP]}
     return state.best_params
+
+
+def selected_extra(cfg: ConfigDict, state: TrainState, progress: Progress) -> Any:
+    """The extra state that belongs to `selected_params`: running statistics must be those of the chosen epoch."""
+    chosen = cfg.early_stop.enabled and progress.stopper.best is not None
+    return state.best_extra if chosen else state.extra
 
 
 class _StageRunner:
@@ -201,7 +211,7 @@ class _StageRunner:
                 waited += time.perf_counter() - asked
                 # At most one step in flight: dispatch would otherwise run ahead and hold every batch in memory.
                 jax.block_until_ready(loss)
-                state, loss = programs.train(self.stage, state, fed.batch, lr)
+                state, loss = programs.train(self.stage, state, fed.batch, lr, self.job.frozen)
                 patches, sent = patches + fed.patches, sent + fed.host_bytes
                 progress = dataclasses.replace(progress, step=progress.step + 1)
                 bar.update()
@@ -216,7 +226,7 @@ class _StageRunner:
                 "lr": lr,
                 "time_epoch": seconds,
                 "time_data_wait": waited,
-                "patches_per_second": patches / seconds,
+                f"{self.job.feeder.unit}_per_second": patches / seconds,
                 "host_bytes_per_step": sent / max(progress.step - first, 1),
             },
         )
@@ -274,8 +284,12 @@ class _StageRunner:
 @functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
 def _close_epoch(state: TrainState, improved: bool) -> TrainState:
     """Keeps the parameters if they are the best so far, and empties the metric sums."""
-    best = jax.tree.map(jnp.copy, state.params) if improved else state.best_params
-    return state.replace(best_params=best, totals=jax.tree.map(jnp.zeros_like, state.totals))
+    if improved:
+        best = jax.tree.map(jnp.copy, (state.params, state.extra))
+    else:
+        best = state.best_params, state.best_extra
+    totals = jax.tree.map(jnp.zeros_like, state.totals)
+    return state.replace(best_params=best[0], best_extra=best[1], totals=totals)
 
 
 def predict_part(

@@ -2,6 +2,7 @@
 
 model/model.json   config, classes, patch width and encoder, selected genes by name, hashes
 model/cluster_centres.npz   of networks that read clusters of patches
+model/extra_GROUP/ (or extra/)   state without gradient, e.g. running statistics, of methods that have it
 model/S_P/         the student alone is enough for pathology-only prediction; teachers may be deleted
 """
 
@@ -27,7 +28,7 @@ from histokd_jax.train.gene_choice import Selection, read_selection
 from histokd_jax.types import DataSpec, Method
 from histokd_jax.utils import config as config_utils
 
-MODEL_FILE = "model.json"
+MODEL_FILE, EXTRA = "model.json", "extra"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,7 +63,9 @@ class Model:
         return self.facts["class_names"]
 
 
-def export(directory: pathlib.Path, params: Any, experiment: Experiment, data: FoldData, fold: int) -> None:
+def export(
+    directory: pathlib.Path, params: Any, experiment: Experiment, data: FoldData, fold: int, extra: Any = None
+) -> None:
     """Writes a model folder; model.json last, so that an incomplete folder has none."""
     manifest = experiment.manifest
     fields = ("genes",) if data.selections else ()
@@ -89,10 +92,10 @@ def export(directory: pathlib.Path, params: Any, experiment: Experiment, data: F
         if distributed.is_main():
             directory.mkdir(parents=True, exist_ok=True)
             data.clusters.write_centres(directory)
-    write(directory, params, facts)
+    write(directory, params, facts, extra)
 
 
-def write(directory: pathlib.Path, params: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+def write(directory: pathlib.Path, params: Mapping[str, Any], facts: Mapping[str, Any], extra: Any = None) -> None:
     """Writes parameter groups and their facts, which need not come from a run of this library.
 
     Args:
@@ -100,13 +103,47 @@ def write(directory: pathlib.Path, params: Mapping[str, Any], facts: Mapping[str
       params: group -> tree.
       facts: content of model.json but for the hashes: method, config, spec, class_names, encoder, mpp, selections,
         fold, trained_on.
+      extra: state without gradient; a mapping by parameter group is divided as the parameters are.
     """
-    export_groups(directory, params)
+    state = _extra_folders(extra, params)
+    export_groups(directory, {**params, **state})
     facts = {**facts, "params_sha256": {group: params_hash(tree) for group, tree in params.items()}}
+    if state:
+        facts["extra_sha256"] = {folder: params_hash(tree) for folder, tree in state.items()}
     if not distributed.is_main():
         return
     with atomic_writer(directory / MODEL_FILE) as stream:
         json.dump(facts, stream, indent=2, sort_keys=True)
+
+
+def _extra_folders(extra: Any, groups: Iterable[str]) -> dict[str, Any]:
+    """Folder -> part of the extra state that it holds; empty if there is none."""
+    if not jax.tree.leaves(extra):
+        return {}
+    if isinstance(extra, Mapping) and set(extra) <= set(groups):
+        return {f"{EXTRA}_{group}": tree for group, tree in extra.items() if jax.tree.leaves(tree)}
+    return {EXTRA: extra}
+
+
+def _read_extra(directory: pathlib.Path, facts: Mapping[str, Any], like: Any, groups: Iterable[str], all_groups) -> Any:
+    """The extra state that some parameter groups need; of a mapping by group, the others stay absent."""
+    folders = _extra_folders(like, all_groups)
+    if not folders:
+        return like
+    stored = facts.get("extra_sha256", {})
+    wanted = [folder for folder in folders if folder == EXTRA or folder.removeprefix(f"{EXTRA}_") in set(groups)]
+    absent = [folder for folder in wanted if folder not in stored]
+    if absent:
+        raise CheckpointMismatchError(f"{directory} holds no state {', '.join(absent)}, which {facts['method']} needs")
+    found = load_groups(directory, folders, wanted)
+    for folder, tree in found.items():
+        if params_hash(tree) != stored[folder]:
+            raise CheckpointMismatchError(f"{directory / folder} differs from its hash in {MODEL_FILE}: damaged?")
+    if EXTRA in found:
+        return found[EXTRA]
+    # Groups without leaves have no folder.
+    empty = {group: tree for group, tree in like.items() if not jax.tree.leaves(tree)}
+    return empty | {folder.removeprefix(f"{EXTRA}_"): tree for folder, tree in found.items()}
 
 
 def read_facts(directory: pathlib.Path) -> dict[str, Any]:
@@ -124,9 +161,14 @@ def read_facts(directory: pathlib.Path) -> dict[str, Any]:
 def rebuild(facts: Mapping[str, Any]) -> tuple[ConfigDict, DataSpec, Method]:
     """Configuration, data specification and method that the facts of a model describe."""
     cfg = config_utils.from_json(json.dumps(facts["config"]))
-    # JSON has no tuples.
-    spec = DataSpec(**{**facts["spec"], "gene_groups": tuple(facts["spec"].get("gene_groups", ()))})
+    spec = DataSpec(**{**facts["spec"], **_tuples(facts["spec"])})
     return cfg, spec, registry.get_method(facts["method"])(cfg, spec)
+
+
+def _tuples(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a data specification that are tuples, which JSON does not have."""
+    size = spec.get("image_size")
+    return {"gene_groups": tuple(spec.get("gene_groups", ())), "image_size": None if size is None else tuple(size)}
 
 
 def read_groups(
@@ -141,19 +183,18 @@ def read_groups(
       groups: which to read.
 
     Returns:
-      (group -> tree, extra state, which is empty).
+      (group -> tree, extra state; of a mapping by parameter group only those of `groups`).
 
     Raises:
       CheckpointMismatchError: a missing network, other shapes, or contents that differ from their hash.
     """
     like, extra = jax.eval_shape(method.init, jax.random.key(0))
-    if jax.tree.leaves(extra):
-        raise CheckpointMismatchError(f"{facts['method']} keeps extra state, which model folders do not hold")
+    groups = tuple(groups)
     params = load_groups(directory, like, groups)
     for group, tree in params.items():
         if params_hash(tree) != facts["params_sha256"][group]:
             raise CheckpointMismatchError(f"{directory / group} differs from its hash in {MODEL_FILE}: damaged?")
-    return params, extra
+    return params, _read_extra(directory, facts, extra, groups, like)
 
 
 def load(directory: pathlib.Path, mode: str) -> Model:

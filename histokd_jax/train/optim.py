@@ -10,8 +10,8 @@ import optax
 from ml_collections import ConfigDict
 
 SCHEDULES = ("constant", "cosine50_floor0", "cosine50_periodic", "cosine_to_max_epochs", "cosine_to_floor")
-ADAMW, ADAM_L2 = "adamw", "adam_l2"
-OPTIMIZERS = (ADAMW, ADAM_L2)
+ADAMW, ADAM_L2, SGD = "adamw", "adam_l2", "sgd"
+OPTIMIZERS = (ADAMW, ADAM_L2, SGD)
 BETAS = (0.9, 0.999)
 
 
@@ -69,7 +69,7 @@ def make_optimizer(
     name: str = ADAMW,
     betas: Sequence[float] = BETAS,
 ) -> optax.GradientTransformation:
-    """Adam (eps 1e-8) with weight decay, without its rate: the step multiplies updates by -lr.
+    """Adam (eps 1e-8) or momentum with weight decay, without its rate: the step multiplies updates by -lr.
 
     The rate is data, so that one compiled step serves every fold, whatever its steps per epoch.
 
@@ -79,8 +79,9 @@ def make_optimizer(
       trainable: names of the top-level parameter groups that are trained; the updates of others are exactly 0.
       groups: names of all groups.
       name: adamw: decay beside the gradient, p - lr (m / (sqrt(v) + eps) + wd p); adam_l2: L2 in the gradient, Adam on
-        g + wd p (G-HANet specification, check C15).
-      betas: decay rates of the two moments, each in [0, 1).
+        g + wd p (G-HANet specification, check C15); sgd: heavy ball on g + wd p with momentum betas[0] (CoCoFNet
+        specification, section 10).
+      betas: decay rates of the two moments, each in [0, 1); sgd has no second one.
 
     Raises:
       ValueError: for an unknown name, or betas out of range.
@@ -89,7 +90,11 @@ def make_optimizer(
     mask = None if decay_bias else lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)
     decay = optax.add_decayed_weights(weight_decay, mask=mask)
     adam = optax.scale_by_adam(b1=betas[0], b2=betas[1], eps=1e-8)
-    chosen = optax.chain(adam, decay) if name == ADAMW else optax.chain(decay, adam)
+    chosen = {
+        ADAMW: optax.chain(adam, decay),
+        ADAM_L2: optax.chain(decay, adam),
+        SGD: optax.chain(decay, optax.trace(betas[0])),
+    }[name]
     if set(trainable) == set(groups):
         return chosen
     labels = {group: "train" if group in trainable else "frozen" for group in groups}

@@ -46,10 +46,18 @@ class Programs:
             betas=train.betas,
         )
 
-    def start(self, stage: Stage, params: Any, extra: Any, rng: jax.Array, batch: Mapping[str, jax.Array]):
+    def start(
+        self,
+        stage: Stage,
+        params: Any,
+        extra: Any,
+        rng: jax.Array,
+        batch: Mapping[str, jax.Array],
+        frozen: Any = step.NOTHING_FROZEN,
+    ):
         """State at step 0 of a stage, on every device of the mesh."""
         with jax.set_mesh(self.mesh):
-            names = step.metric_names(self.method, stage.name, params, extra, batch)
+            names = step.metric_names(self.method, stage.name, params, extra, batch, frozen)
         first = state.start_stage(params, extra, rng, self.optimizer(stage, params), names)
         return sharding.put_tree(first, self._shardings(first))
 
@@ -60,8 +68,15 @@ class Programs:
         """The same arrays, complete on every device."""
         return sharding.put_tree(tree, sharding.state_shardings(self.mesh, tree, fsdp=False))
 
-    def train(self, stage: Stage, train_state: state.TrainState, batch: Mapping[str, jax.Array], lr: float):
-        """One training step; donates `train_state`.
+    def train(
+        self,
+        stage: Stage,
+        train_state: state.TrainState,
+        batch: Mapping[str, jax.Array],
+        lr: float,
+        frozen: Any = step.NOTHING_FROZEN,
+    ):
+        """One training step; donates `train_state`, not `frozen`, whose arrays are complete on every device.
 
         Returns:
           (new state, loss).
@@ -69,8 +84,8 @@ class Programs:
         rate = self._rate(lr)
         key = (stage.name, tuple((name, value.shape, value.dtype) for name, value in sorted(batch.items())))
         if key not in self._compiled:
-            self._compiled[key] = self._compile(stage, train_state, batch, rate)
-        return self._compiled[key](train_state, batch, rate)
+            self._compiled[key] = self._compile(stage, train_state, batch, rate, frozen)
+        return self._compiled[key](train_state, batch, rate, None, frozen)
 
     def _rate(self, lr: float) -> jax.Array:
         # It changes once per epoch; a NumPy scalar, because a Python number would be sent implicitly.
@@ -78,7 +93,7 @@ class Programs:
             self._last_rate = lr, sharding.put_tree(np.float32(lr), sharding.replicated(self.mesh))
         return self._last_rate[1]
 
-    def _compile(self, stage: Stage, train_state, batch, rate):
+    def _compile(self, stage: Stage, train_state, batch, rate, frozen):
         divided, everywhere = self._shardings(train_state), sharding.replicated(self.mesh)
         moves = {}
         if self._cfg.mesh.fsdp:
@@ -98,7 +113,7 @@ class Programs:
         with jax.set_mesh(self.mesh):
             compiled = (
                 jax.jit(counted, donate_argnums=0, out_shardings=(divided, everywhere))
-                .lower(train_state, batch, rate)
+                .lower(train_state, batch, rate, None, frozen)
                 .compile()
             )
         device = self.mesh.local_devices[0]

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from data_pipelines.manifest import Manifest
 from histokd_jax import __version__
+from histokd_jax.train import data_kinds
 from histokd_jax.train.experiment import Experiment, FoldData
 from histokd_jax.utils import config as config_utils
 
@@ -51,7 +51,7 @@ def host_facts(cfg: ConfigDict) -> dict[str, Any]:
     facts |= {f"version of {name}": version for name, version in versions().items()}
     facts["git revision"] = git_revision()
     if cfg.data.dir:
-        facts["data set"] = Manifest.load(cfg.data.dir).fingerprint()
+        facts["data set"] = data_kinds.training(cfg).open_manifest(cfg.data.dir).fingerprint()
     return facts
 
 
@@ -66,7 +66,7 @@ def run_manifest(experiment: Experiment, folds: Mapping[int, FoldData], command:
     Returns:
       JSON-able facts.
     """
-    manifest, cohort = experiment.manifest, experiment.cohort
+    manifest, cohort, kind = experiment.manifest, experiment.cohort, data_kinds.kind_of(experiment.cfg)
     splits = {str(k): data.split_hash for k, data in folds.items()}
     task = experiment.task.run_facts(experiment.cfg, cohort, experiment.folds)
     marks = [*experiment.marks, *dict.fromkeys(mark for data in folds.values() for mark in data.marks)]
@@ -77,6 +77,7 @@ def run_manifest(experiment: Experiment, folds: Mapping[int, FoldData], command:
         "task": experiment.cfg.task,
         "class_names": list(cohort.class_names),
         "dataset": manifest.name,
+        **({"data_kind": kind} if kind != data_kinds.BAGS else {}),
         "simulated": manifest.simulated,
         "simulation": manifest.simulation,
         "patient_overlap": any(split.patient_overlap for split in experiment.folds),

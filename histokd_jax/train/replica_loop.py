@@ -26,7 +26,7 @@ from histokd_jax.evals.predictions import atomic_writer
 from histokd_jax.train import evaluate, optim
 from histokd_jax.train.checkpoint import CheckpointMismatchError, RunCheckpoints
 from histokd_jax.train.feed import Fed, Feeder
-from histokd_jax.train.loop import Fit, Job, Progress, global_step, selected_params, stopped_early
+from histokd_jax.train.loop import Fit, Job, Progress, global_step, selected_extra, selected_params, stopped_early
 from histokd_jax.train.replica_step import ReplicaPrograms, make_layout, stack_batches
 from histokd_jax.train.sharding import make_replica_mesh
 from histokd_jax.train.signals import Interrupted, StopRequest
@@ -229,7 +229,8 @@ class _Group:
             jax.tree.map(lambda leaf: leaf[r], state.replace(opt_state=None, rng=None, totals={}, step=None))
         )
         params = selected_params(replica.job.cfg, stage, own, progress)
-        return Fit(params, own.extra, progress, replica.job.data.train.plan.fill())
+        extra = selected_extra(replica.job.cfg, own, progress)
+        return Fit(params, extra, progress, replica.job.data.train.plan.fill())
 
     def _stage(self, stage: Stage, state: TrainState, position: Position) -> TrainState:
         streams = _Streams(self.feeder, [data.train for data in self.data])

@@ -271,10 +271,11 @@ class ReplicaPrograms:
 
         def block(state: TrainState, batches, control):
             self.programs.traces += 1
-            hot = state.replace(rng=None, best_params=None)
+            hot = state.replace(rng=None, best_params=None, best_extra=None)
             each = {"rng": state.rng, **{key: control[key] for key in ("place", "lr", "values")}}
             hot, losses = self._over(one, hot, each, batches, control)
-            return hot.replace(rng=state.rng, best_params=state.best_params), losses
+            kept = {"rng": state.rng, "best_params": state.best_params, "best_extra": state.best_extra}
+            return hot.replace(**kept), losses
 
         return block
 
@@ -339,8 +340,10 @@ class ReplicaPrograms:
 
 
 def _close_epoch(state: TrainState, improved: jax.Array) -> TrainState:
-    best = jax.tree.map(lambda new, old: jnp.where(_along(improved, new), new, old), state.params, state.best_params)
-    return state.replace(best_params=best, totals=jax.tree.map(jnp.zeros_like, state.totals))
+    last, best = (state.params, state.extra), (state.best_params, state.best_extra)
+    best = jax.tree.map(lambda new, old: jnp.where(_along(improved, new), new, old), last, best)
+    totals = jax.tree.map(jnp.zeros_like, state.totals)
+    return state.replace(best_params=best[0], best_extra=best[1], totals=totals)
 
 
 def _pick(tree: Any, index: Any) -> Any:

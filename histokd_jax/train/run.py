@@ -16,20 +16,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import logging
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from data_pipelines.atomic import storage_errors
-from histokd_jax.evals import summary as summaries
 from histokd_jax.evals.predictions import atomic_writer
 from histokd_jax.methods import registry
-from histokd_jax.tasks import Table, Task, get_task
-from histokd_jax.train import distributed, feed, gene_choice, loop, model_dir, optim, provenance, sharding
+from histokd_jax.tasks import Table, get_task
+from histokd_jax.train import (
+    data_kinds,
+    distributed,
+    frozen_models,
+    gene_choice,
+    loop,
+    model_dir,
+    optim,
+    provenance,
+    sharding,
+)
 from histokd_jax.train.checkpoint import CheckpointMismatchError
-from histokd_jax.train.experiment import Experiment, FoldData, fold_data, load_experiment, resolve_width, share_shapes
+from histokd_jax.train.experiment import Experiment, FoldData
 from histokd_jax.train.feed import Feeder
 from histokd_jax.train.programs import Programs
 from histokd_jax.train.resident import CohortCache
+from histokd_jax.train.run_summary import write_summary
 from histokd_jax.train.signals import StopRequest
 from histokd_jax.types import Method
 from histokd_jax.utils import config as config_utils
@@ -50,20 +59,21 @@ def train(cfg: ConfigDict, workdir: pathlib.Path, command: Sequence[str] = ()) -
       ValueError: contradictory configuration or bad data.
       Interrupted: a signal arrived; checkpoints were written.
     """
-    cfg = sharding.resolve_mesh(resolve_width(cfg))
+    kind = data_kinds.training(cfg)
+    cfg = sharding.resolve_mesh(kind.resolve(cfg))
     check_method(cfg)
     distributed.check_agreement(provenance.host_facts(cfg), "configuration, data or versions")
-    experiment = load_experiment(cfg)
+    experiment = kind.load_experiment(cfg)
     numbers = fold_numbers(cfg.fold, len(experiment.folds))
     with storage_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
     cohorts = CohortCache()
     with StopRequest() if distributed.is_alone() else distributed.AgreedStop() as stop:
-        result = _arm(experiment, numbers, workdir, command, stop, "student + distillation", cohorts)
+        result = train_arm(experiment, numbers, workdir, command, stop, "student + distillation", cohorts)
         control = control_config(cfg)
         if control is not None:
             other = dataclasses.replace(experiment, cfg=control)
-            _arm(other, numbers, workdir / "control", command, stop, "control (all weights 0)", cohorts)
+            train_arm(other, numbers, workdir / "control", command, stop, "control (all weights 0)", cohorts)
     return result
 
 
@@ -132,6 +142,7 @@ class Arm:
     def job(self, fold: int, programs: Programs, feeder: Feeder) -> loop.Job:
         """The training of one fold."""
         cfg, data = self.experiment.cfg, self.folds[fold]
+        frozen = frozen_models.read(cfg, self.experiment.data_spec(_fields(cfg), fold), fold)
         return loop.Job(
             cfg=cfg,
             programs=programs,
@@ -140,9 +151,22 @@ class Arm:
             data=data,
             fold=fold,
             directory=self.directory / f"fold_{fold}",
-            identity={**identity(cfg, data), **feeder.identity},
+            identity={**identity(cfg, data), **feeder.identity, **frozen.identity},
             title=f"{cfg.task} {self.title}, fold {fold}",
+            frozen=frozen.groups,
         )
+
+    def ready(self, job: loop.Job) -> loop.Job:
+        """The same training with its frozen networks, or their outputs, on every device."""
+        cfg, data = self.experiment.cfg, job.data
+        groups = frozen_models.precompute(
+            cfg,
+            self.experiment.data_spec(_fields(cfg), job.fold),
+            job.frozen,
+            lambda: data_kinds.training(cfg).training_pass(self.experiment, data),
+            len(self.experiment.cohort),
+        )
+        return dataclasses.replace(job, frozen=job.programs.whole(groups))
 
 
 def make_method(experiment: Experiment, fold: int = 0) -> Method:
@@ -214,7 +238,7 @@ def close_arm(arm: Arm) -> dict[str, Any]:
     return write_summary(arm.directory, task, joined["test"], arm.experiment.cfg, arm.facts)
 
 
-def _arm(
+def train_arm(
     experiment: Experiment,
     numbers: Sequence[int],
     directory: pathlib.Path,
@@ -223,56 +247,39 @@ def _arm(
     title: str,
     cohorts: CohortCache,
 ) -> dict[str, Any]:
-    cfg = experiment.cfg
+    """Trains the folds of one run directory that are not finished, and writes its summary.
+
+    Args:
+      experiment: data set, cohort, splits and resolved configuration.
+      numbers: folds to train.
+      directory: the run directory.
+      command: the command line.
+      stop: request to stop.
+      title: shown on progress bars.
+      cohorts: cohorts in device memory, kept between arms.
+
+    Returns:
+      The summary.
+
+    Raises:
+      Interrupted: a signal arrived; a checkpoint was written.
+      DivergedError: a loss became NaN or infinite.
+    """
+    cfg, kind = experiment.cfg, data_kinds.training(experiment.cfg)
     methods = make_methods(experiment, numbers)
-    planned = share_shapes([fold_data(experiment, k, methods[k]) for k in numbers])
+    planned = kind.share_shapes([kind.fold_data(experiment, k, methods[k]) for k in numbers])
     programs = {id(method): make_programs(experiment, method) for method in methods.values()}
     mesh = programs[id(methods[numbers[0]])].mesh
     for data in planned:
-        check_mesh(mesh, cfg, data)
+        kind.check_mesh(mesh, cfg, data)
     sources = [source for data in planned for source in (data.train, *data.evaluation.values())]
-    feeder = feed.make_feeder(cfg, mesh, sources, cohorts)
+    feeder = kind.make_feeder(cfg, mesh, sources, cohorts)
     arm = open_arm(experiment, dict(zip(numbers, planned)), directory, command, title, feeder.report())
     for k in numbers:
         job = arm.job(k, programs[id(methods[k])], feeder)
         if not is_finished(job):
-            finish_fold(job, experiment, loop.fit(job, stop))
+            finish_fold(job, experiment, loop.fit(arm.ready(job), stop))
     return close_arm(arm)
-
-
-def check_mesh(mesh: Mesh, cfg: ConfigDict, data: FoldData) -> None:
-    """Refuses, before anything is compiled, a mesh that does not divide the steps."""
-    if cfg.train.batching == "grad_cache" and mesh.shape[sharding.DATA] > 1:
-        raise ValueError(
-            f"train.batching=grad_cache holds one row at a time, which mesh.data={mesh.shape[sharding.DATA]} devices "
-            "cannot divide: set mesh.data=1 (mesh.sequence may divide the row), or train.batching=packed"
-        )
-    for source in (data.train, *data.evaluation.values()):
-        sharding.check_divides(mesh, source.plan.rows, source.plan.row_patches)
-
-
-def write_summary(
-    directory: pathlib.Path, task: Task, test: Table, cfg: ConfigDict, manifest: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Computes and writes summary.json of an arm."""
-    reference = task.read_reference(directory, test.folds)
-    summary = task.summarise(test, reference, summary_facts(task, manifest), resampling(cfg))
-    if distributed.is_main():
-        summaries.write_summary(directory / "summary.json", summary)
-    return summary
-
-
-def summary_facts(task: Task, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of run_manifest.json that the summary repeats."""
-    marks = {"marks": manifest["marks"]} if manifest.get("marks") else {}
-    return {**{key: manifest[key] for key in task.summary_facts}, **marks}
-
-
-def resampling(cfg: ConfigDict) -> dict[str, Any]:
-    """How the intervals of a run are drawn: options of `Task.summarise`."""
-    # With every sample a slide of its own (spots of one patient), patients cannot be resampled.
-    unit = "slide" if cfg.data.unit == "slide" else "patient"
-    return {"bootstrap": cfg.report.bootstrap, "seed": cfg.seed, "unit": unit}
 
 
 def _fields(cfg: ConfigDict) -> tuple[str, ...]:
@@ -313,7 +320,7 @@ def identity(cfg: ConfigDict, data: FoldData) -> dict[str, str]:
 
 def finish_fold(job: loop.Job, experiment: Experiment, result: loop.Fit) -> None:
     """Exports the model of a trained fold, writes its predictions and, last, fold.json, which marks it finished."""
-    model_dir.export(job.directory / "model", result.params, experiment, job.data, job.fold)
+    model_dir.export(job.directory / "model", result.params, experiment, job.data, job.fold, result.extra)
     if distributed.is_main():
         job.data.task.write_reference(job.directory, experiment.cohort, job.data.split.train)
         if job.data.clusters is not None:

@@ -94,6 +94,46 @@ def field_sharding(mesh: Mesh, field: str) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(DATA, SEQUENCE) if field in schema.ROW_FIELDS else PartitionSpec())
 
 
+def by_example(mesh: Mesh) -> NamedSharding:
+    """The sharding of every field of a step of image pairs: examples [B, ...] are divided over "data"."""
+    return NamedSharding(mesh, PartitionSpec(DATA))
+
+
+def check_examples(mesh: Mesh, count: int) -> None:
+    """Refuses steps of image pairs that the mesh cannot divide.
+
+    Args:
+      mesh: the mesh of the run.
+      count: B, examples of a step over all processes.
+
+    Raises:
+      ValueError: naming the sizes and the settings to change.
+    """
+    data, sequence = mesh.shape[DATA], mesh.shape.get(SEQUENCE, 1)
+    if count % data:
+        raise ValueError(
+            f"{count} images cannot be divided over mesh.data={data} devices: set train.b to a multiple of {data}"
+        )
+    if sequence > 1:
+        raise ValueError(
+            f"mesh.sequence={sequence} divides the patches of bags; image pairs have none: set mesh.sequence=1 and use "
+            "mesh.data"
+        )
+
+
+def put_examples(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Host arrays of this process's examples of a step -> global arrays [B, ...].
+
+    Raises:
+      ValueError: if the examples cannot be divided over the devices of the mesh.
+    """
+    local = sum(d.process_index == jax.process_index() for d in mesh.devices.flat)
+    check_examples(mesh, len(batch[schema.WEIGHT]) * (mesh.devices.size // local))
+    # Asked for, which the library does not tell the transfer guard when the mesh spans processes.
+    with jax.transfer_guard_host_to_device("allow"):
+        return {name: jax.make_array_from_process_local_data(by_example(mesh), v) for name, v in batch.items()}
+
+
 def check_divides(mesh: Mesh, rows: int, row_patches: int) -> None:
     """Refuses steps that the mesh cannot divide.
 

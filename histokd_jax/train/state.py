@@ -23,6 +23,7 @@ class TrainState:
       opt_state: optimizer state.
       rng: typed key; the key of a step is fold_in(rng, step).
       best_params: parameters at the best monitor value so far.
+      best_extra: extra state of that time, e.g. running statistics.
       totals: running (sum, count) of every metric since the start of the epoch.
     """
 
@@ -32,6 +33,7 @@ class TrainState:
     opt_state: Any
     rng: jax.Array
     best_params: Any
+    best_extra: Any
     totals: dict[str, tuple[jax.Array, jax.Array]]
 
 
@@ -55,5 +57,6 @@ def start_stage(
         rng=rng,
         # A copy: the step donates `params`, and a donated buffer may not appear twice.
         best_params=jax.tree.map(jnp.copy, params),
+        best_extra=jax.tree.map(jnp.copy, extra),
         totals=zero,
     )

@@ -18,8 +18,18 @@ from histokd_jax.types import Batch, Method
 BATCHING = ("packed", "padded", "grad_cache")
 
 
+NOTHING_FROZEN: Mapping[str, Any] = {}
+
+
 def loss_and_gradients(
-    method: Method, stage: str, params: Any, extra: Any, batch: Batch, key: jax.Array, step: jax.Array
+    method: Method,
+    stage: str,
+    params: Any,
+    extra: Any,
+    batch: Batch,
+    key: jax.Array,
+    step: jax.Array,
+    frozen: Any = NOTHING_FROZEN,
 ) -> tuple[jax.Array, Mapping, Any, Any]:
     """One gradient of the objective on the whole step.
 
@@ -28,7 +38,7 @@ def loss_and_gradients(
     """
 
     def objective(params):
-        outputs, new_extra = method.forward(params, {}, extra, batch, key, True, stage=stage)
+        outputs, new_extra = method.forward(params, frozen, extra, batch, key, True, stage=stage)
         loss, metrics = method.objective(outputs, batch, step, stage)
         return loss, (metrics, new_extra)
 
@@ -37,7 +47,14 @@ def loss_and_gradients(
 
 
 def cached_loss_and_gradients(
-    method: Method, stage: str, params: Any, extra: Any, batch: Batch, key: jax.Array, step: jax.Array
+    method: Method,
+    stage: str,
+    params: Any,
+    extra: Any,
+    batch: Batch,
+    key: jax.Array,
+    step: jax.Array,
+    frozen: Any = NOTHING_FROZEN,
 ) -> tuple[jax.Array, Mapping, Any, Any]:
     """The same gradient with one bag in memory at a time (MKD specification, section 6, "grad_cache").
 
@@ -48,7 +65,7 @@ def cached_loss_and_gradients(
 
     def bag(params, row):
         one = {**batch, **{k: v[row][None] for k, v in row_fields.items()}}
-        outputs, _ = method.forward(params, {}, extra, one, key, True, stage=stage)
+        outputs, _ = method.forward(params, frozen, extra, one, key, True, stage=stage)
         return jax.tree.map(lambda o: o[row], outputs)
 
     rows = jnp.arange(batch[schema.SEGMENT_IDS].shape[0])
@@ -75,10 +92,10 @@ def make_train_step(
     gather: Callable[[Any], Any] = lambda params: params,
     scatter: Callable[[Any], Any] = lambda grads: grads,
 ) -> Callable[..., tuple[TrainState, jax.Array]]:
-    """The pure training step (state, batch, lr, values=None) -> (state, loss).
+    """The pure training step (state, batch, lr, values=None, frozen={}) -> (state, loss).
 
     Metrics are added to `state.totals`, so that no step waits for the host. `values` makes numbers of the objective
-    data, see `Method.objective`.
+    data, see `Method.objective`. `frozen` holds networks that are not trained, see `Method.forward`.
 
     Args:
       method: what to train.
@@ -96,11 +113,15 @@ def make_train_step(
     gradients = cached_loss_and_gradients if batching == "grad_cache" else loss_and_gradients
 
     def train_step(
-        state: TrainState, batch: Batch, lr: jax.Array, values: Mapping[str, jax.Array] | None = None
+        state: TrainState,
+        batch: Batch,
+        lr: jax.Array,
+        values: Mapping[str, jax.Array] | None = None,
+        frozen: Any = NOTHING_FROZEN,
     ) -> tuple[TrainState, jax.Array]:
         key = jax.random.fold_in(state.rng, state.step)
         params, chosen = gather(state.params), with_values(method, values)
-        loss, metrics, extra, grads = gradients(chosen, stage, params, state.extra, batch, key, state.step)
+        loss, metrics, extra, grads = gradients(chosen, stage, params, state.extra, batch, key, state.step, frozen)
         grads = scatter(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         updates = jax.tree.map(lambda u: -lr.astype(u.dtype) * u, updates)
@@ -128,14 +149,16 @@ def with_values(method: Method, values: Mapping[str, jax.Array] | None) -> Metho
     return dataclasses.replace(method, objective=functools.partial(method.objective, values=values))
 
 
-def metric_names(method: Method, stage: str, params: Any, extra: Any, batch: Any) -> list[str]:
+def metric_names(
+    method: Method, stage: str, params: Any, extra: Any, batch: Any, frozen: Any = NOTHING_FROZEN
+) -> list[str]:
     """Names of the metrics a training step reports, found by tracing the objective without running it."""
 
-    def metrics(params, extra, batch, key):
-        outputs, _ = method.forward(params, {}, extra, batch, key, True, stage=stage)
+    def metrics(params, frozen, extra, batch, key):
+        outputs, _ = method.forward(params, frozen, extra, batch, key, True, stage=stage)
         return method.objective(outputs, batch, jnp.zeros((), jnp.int32), stage)[1]
 
-    return sorted([*jax.eval_shape(metrics, params, extra, batch, jax.random.key(0)), "loss", "grad_norm"])
+    return sorted([*jax.eval_shape(metrics, params, frozen, extra, batch, jax.random.key(0)), "loss", "grad_norm"])
 
 
 def make_predict_step(method: Method, modes: tuple[str, ...]) -> Callable[..., dict[str, Mapping[str, jax.Array]]]:

@@ -22,15 +22,26 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from data_pipelines.atomic import storage_errors
-from histokd_jax.evals import ablation
+from histokd_jax.evals import ablation, summary
 from histokd_jax.evals.predictions import atomic_writer
 from histokd_jax.tasks import Table
-from histokd_jax.train import distributed, gene_choice, provenance, replica_step, replicas, run, sharding
+from histokd_jax.train import (
+    data_kinds,
+    distributed,
+    gene_choice,
+    one_by_one,
+    provenance,
+    replica_step,
+    replicas,
+    run,
+    sharding,
+)
 from histokd_jax.train.checkpoint import CheckpointMismatchError
-from histokd_jax.train.experiment import Experiment, FoldData, fold_data, load_experiment, resolve_width
+from histokd_jax.train.experiment import Experiment, FoldData, fold_data
 from histokd_jax.train.feed import Feeder, StreamFeeder
 from histokd_jax.train.loop import Fit, Job
 from histokd_jax.train.replica_loop import Replica, failure, fit_group
+from histokd_jax.train.run_summary import resampling
 from histokd_jax.train.signals import StopRequest
 from histokd_jax.types import Method
 from histokd_jax.utils import config as config_utils
@@ -105,7 +116,8 @@ def prepare(settings: Mapping[str, ConfigDict], reference: str, seeds: Sequence[
         raise ValueError(f"seeds {list(seeds)}: give at least one, each once")
     experiments, loaded = {}, {}
     for name, cfg in settings.items():
-        cfg = _plain(resolve_width(cfg), cfg.seed)
+        kind = data_kinds.training(cfg)
+        cfg = _plain(kind.resolve(cfg), cfg.seed)
         mesh = sharding.make_replica_mesh(cfg.mesh.replica)
         replica_step.resolve_loop(cfg.train.replica_loop, mesh.devices.flat[0].platform)
         if cfg.mesh.data != 1:
@@ -117,22 +129,30 @@ def prepare(settings: Mapping[str, ConfigDict], reference: str, seeds: Sequence[
             _check_widths(cfg)
             key = _data_key(cfg)
             if key not in loaded:
-                loaded[key] = load_experiment(cfg)
+                loaded[key] = kind.load_experiment(cfg)
         except ValueError as error:
             raise ValueError(f"setting {name}: {error}") from error
         experiments[name] = dataclasses.replace(loaded[key], cfg=cfg)
     methods = {name: run.make_method(experiment) for name, experiment in experiments.items()}
-    groups = replicas.group_settings({name: e.cfg for name, e in experiments.items()}, methods)
     first = experiments[reference]
+    if stacked(first.cfg):
+        groups = replicas.group_settings({name: e.cfg for name, e in experiments.items()}, methods)
+    else:
+        groups = [replicas.Group((name,), (), ()) for name in experiments]
     folds = tuple(run.fold_numbers(first.cfg.fold, len(first.folds)))
     sweep = Sweep(experiments, methods, reference, tuple(seeds), folds, tuple(groups))
     for group in groups:
         for name in _distinct_data(group, experiments):
             try:
-                fold_data(experiments[name], folds[0], methods[name])
+                data_kinds.training(first.cfg).fold_data(experiments[name], folds[0], methods[name])
             except ValueError as error:
                 raise ValueError(f"setting {name}: {error}") from error
     return sweep
+
+
+def stacked(cfg: ConfigDict) -> bool:
+    """Whether trainings on this kind of data are stacked into one program; others run one after the other."""
+    return data_kinds.kind_of(cfg) == data_kinds.BAGS
 
 
 def train(sweep: Sweep, workdir: pathlib.Path, command: Sequence[str] = (), most: int = 0) -> dict[str, Any]:
@@ -156,6 +176,17 @@ def train(sweep: Sweep, workdir: pathlib.Path, command: Sequence[str] = (), most
     distributed.tell(sweep.describe())
     failed: dict[str, str] = {}
     with StopRequest() as stop:
+        if not stacked(sweep.experiments[sweep.reference].cfg):
+            experiments = {(name, seed): e for name, e in sweep.experiments.items() for seed in sweep.seeds}
+            failed = one_by_one.train_settings(
+                experiments,
+                _plain,
+                lambda name, seed: _arm_directory(workdir / name, seed),
+                sweep.folds,
+                command,
+                stop,
+            )
+            return write_table(sweep, workdir, failed)
         for number, group in enumerate(sweep.groups):
             failed |= _Trainer(sweep, group, workdir, command, stop, most, f"group {number}").run()
     return write_table(sweep, workdir, failed)
@@ -165,7 +196,7 @@ def write_table(sweep: Sweep, workdir: pathlib.Path, failed: Mapping[str, str]) 
     """Compares all settings on what they predicted; writes table.md, table.csv and table.json."""
     first = sweep.experiments[sweep.reference]
     cfg, manifest = first.cfg, first.manifest
-    options = run.resampling(cfg)
+    options = resampling(cfg)
     runs = {name: _predictions(sweep, workdir / name) for name in sweep.experiments}
     if not runs[sweep.reference]:
         raise ValueError(
@@ -174,7 +205,7 @@ def write_table(sweep: Sweep, workdir: pathlib.Path, failed: Mapping[str, str]) 
         )
     measure = first.task.measure()
     table = ablation.ablation_table(runs, sweep.reference, measure=measure, **options)
-    marks = ["simulated bags"] if manifest.simulated else []
+    marks = [summary.SIMULATED[data_kinds.kind_of(cfg)]] if manifest.simulated else []
     marks += ["within one patient, across sections"] if any(s.patient_overlap for s in first.folds) else []
     marks += [mark for mark in _marks_of_runs(sweep, workdir) if mark not in marks]
     facts = {

@@ -14,6 +14,7 @@ WORDS = {
     "tile": ("OpenSlide", "--target-mpp", "--mpp", "in TRIDENT's layout", "quarantine.csv", "for QuPath", "Exit code"),
     "import": ("CLAM, TRIDENT, STAMP", "--case-regex", "--format", "quarantine.csv", "--level0-mpp", "Exit code"),
     "tables": ("MCAT, PORPOISE", "--study", "--endpoint", "--outliers", "availability.csv", "never a row of zeros"),
+    "pairs": ("H&E tile and its partner", "--partner-folder", "--label-regex", "--resize", "in quarantine"),
     "validate": ("--tables", "--splits", "--json", "--accept", "a training would be wrong"),
     "splits": ("--site-preserved", "--survival", "--task", "all slides of a patient together"),
     "train": ("--config", "--workdir", "--config.KEY=VALUE", "continues an interrupted run", "--coordinator"),

@@ -70,7 +70,7 @@ def numpy_adam(p, grads, *, rate, wd, betas, coupled):
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.9)])
-@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+@pytest.mark.parametrize("name", (optim.ADAMW, optim.ADAM_L2))
 def test_C15_adam_steps_equal_the_definition(name, betas):
     rng, wd, rate = np.random.default_rng(3), 0.1, 2e-2
     start, grads = rng.normal(size=(4, 3)), rng.normal(size=(5, 4, 3)) * 0.05
@@ -95,7 +95,7 @@ def test_constant_rate_and_cosine_to_a_floor():
 @pytest.mark.parametrize(
     "key,value,message",
     [
-        ("optimizer", "sgd", "train.optimizer='sgd'.*adam_l2"),
+        ("optimizer", "lion", "train.optimizer='lion'.*adam_l2"),
         ("lr_schedule", "step", "train.lr_schedule='step'.*cosine_to_floor"),
         ("betas", (0.9,), "train.betas"),
         ("betas", (0.9, 1.0), "train.betas"),
