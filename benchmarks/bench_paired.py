@@ -23,8 +23,8 @@ import numpy as np
 import optax
 
 from benchmarks import bench_step, common
-from histokd_jax.methods.hmkd import method as hmkd
 from histokd_jax.methods.hmkd import images, torch_keys
+from histokd_jax.methods.hmkd import method as hmkd
 from histokd_jax.methods.hmkd.config import paired_spec
 from histokd_jax.types import DataSpec
 
