@@ -21,7 +21,7 @@ def get_config(arg: str = ""):
     cfg = common.base()
     common.image_pairs(cfg)
     cfg.method, cfg.task = "image_classifier", "grade"
-    cfg.model = dict(inputs=named[0] if named else "image", widths=(16, 32, 64, 128), groups=4)
+    cfg.model = dict(inputs=named[0] if named else "image", widths=(16, 32, 64, 128), norm="group", groups=4)
     common.override(
         cfg,
         {

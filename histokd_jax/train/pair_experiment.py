@@ -93,12 +93,17 @@ def partner_of(cfg: ConfigDict, manifest: PairManifest) -> str:
     """What the field `partner` holds (data.partner): "image", "vector" or "none"; auto takes what the data set has.
 
     Raises:
-      ValueError: unknown setting, or auto with both.
+      ValueError: unknown setting, auto with both, or what the data set does not have.
     """
     wanted = cfg.data.get("partner", AUTO)
     if wanted not in PARTNER_CHOICES:
         raise ValueError(f"data.partner={wanted!r} is unknown; choose one of {PARTNER_CHOICES}")
     if wanted != AUTO:
+        if not {IMAGE: manifest.partner, VECTOR: manifest.vector_size, NO_PARTNER: True}[wanted]:
+            raise ValueError(
+                f"data.partner={wanted}, but data set {manifest.name} has no partner {wanted}s: write it again with "
+                "them (`histokd pairs`)"
+            )
         return wanted
     if manifest.partner and manifest.vector_size:
         raise ValueError(

@@ -175,6 +175,25 @@ def test_the_published_protocol_selects_on_the_reported_part_and_says_so(pairs_d
     assert sorted(val.slide_id) == sorted(test.slide_id)
 
 
+def test_the_selected_epoch_is_exported_with_its_own_running_statistics(pairs_dir, tmp_path):
+    """T5: parameters and statistics belong to the first best epoch, so the exported network scores as recorded."""
+    changes = {"early_stop__enabled": True, "early_stop__patience": 99, "split__protocol": "published"}
+    cfg = tiny_config(pairs_dir, model__norm="batch", train__max_epochs=4, train__lr=0.03, **changes)
+    run.train(cfg, tmp_path / "run")
+    assert (tmp_path / "run/fold_0/model/extra_network").is_dir()
+    lines = [json.loads(line) for line in (tmp_path / "run/fold_0/metrics.jsonl").read_text().splitlines()]
+    monitor = [line["monitor"] for line in lines if line["split"] == "val"]
+    best = json.loads((tmp_path / "run/fold_0/fold.json").read_text())["progress"]["stopper"]["best_epoch"]
+    assert best == monitor.index(max(monitor)), "the earlier of equals"
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["modes"]["both"]["metrics"]["weighted_f1"]["mean"] == pytest.approx(max(monitor), abs=1e-9)
+    table = inference.predict([tmp_path / "run/fold_0/model"], pairs_dir, "both")
+    stored = read_predictions(tmp_path / "run/predictions_test.csv")
+    again = dict(zip(table.slide_id, table.probs))
+    for slide, probs in zip(stored.slide_id, stored.probs):
+        np.testing.assert_allclose(again[slide], probs, atol=1e-5)
+
+
 def test_folds_by_group_replace_the_official_parts(pairs_dir, tmp_path):
     cfg = tiny_config(pairs_dir, data__official_split=False, split__n_folds=2, train__max_epochs=1)
     run.train(cfg, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""A small convolutional network on one stain or both, as a `Method`: no batch statistics, one stage, one mode."""
+"""A small convolutional network on one stain or both, as a `Method`: one stage, one mode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from histokd_jax.types import CLASSIFICATION, Batch, DataSpec, Method, Mode, Out
 __all__ = ["TASKS", "default_config", "make_method", "validate"]
 
 TASKS = (CLASSIFICATION,)
-NETWORK = "network"
+GROUP, BATCH = "group", "batch"
+NORMS = (GROUP, BATCH)
+NETWORK, STATS = "network", "batch_stats"
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "image": ("image",),
     "partner": ("partner",),
@@ -26,7 +28,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
 
 def default_config() -> ml_collections.ConfigDict:
     """All keys that this method reads."""
-    return ml_collections.ConfigDict(dict(model=dict(inputs="image", widths=(16, 32, 64, 128), groups=4)))
+    return ml_collections.ConfigDict(dict(model=dict(inputs="image", widths=(16, 32, 64, 128), norm=GROUP, groups=4)))
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -38,29 +40,37 @@ def validate(config: ml_collections.ConfigDict) -> None:
     model = config.model
     if model.inputs not in FIELDS:
         raise ValueError(f"model.inputs={model.inputs!r} is unknown; choose one of {tuple(FIELDS)}")
+    if model.norm not in NORMS:
+        raise ValueError(f"model.norm={model.norm!r} is unknown; choose one of {NORMS}")
     if not model.widths or any(width < 1 or width % model.groups for width in model.widths):
         raise ValueError(f"model.widths={tuple(model.widths)}: expected multiples of model.groups={model.groups}")
 
 
 class Network(nn.Module):
-    """Strided convolutions, group norm, GELU; average pooling; linear.
+    """Strided convolutions, norm, GELU; average pooling; linear.
 
     Attributes:
       widths: channels after every halving of the resolution.
+      norm: one of `NORMS`; the running average of a batch norm gives the new value the weight 0.1.
       groups: of the group norm.
       num_classes: C.
     """
 
     widths: tuple[int, ...]
+    norm: str
     groups: int
     num_classes: int
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
         """[B, H, W, channels] in [-1, 1] -> (logits [B, C], features [B, widths[-1]])."""
         for width in self.widths:
             x = nn.Conv(width, (3, 3), strides=(2, 2), use_bias=False)(x)
-            x = nn.gelu(nn.GroupNorm(num_groups=self.groups)(x), approximate=False)
+            if self.norm == BATCH:
+                x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+            else:
+                x = nn.GroupNorm(num_groups=self.groups)(x)
+            x = nn.gelu(x, approximate=False)
         features = x.mean(axis=(1, 2))
         return nn.Dense(self.num_classes)(features), features
 
@@ -78,28 +88,32 @@ def make_method(config: ml_collections.ConfigDict, data: DataSpec) -> Method:
     validate(config)
     fields = FIELDS[config.model.inputs]
     _check(config, data, fields)
-    network = Network(tuple(config.model.widths), config.model.groups, data.num_classes)
+    network = Network(tuple(config.model.widths), config.model.norm, config.model.groups, data.num_classes)
     mode = Mode(config.model.inputs, (NETWORK,), fields)
 
     def init(key: jax.Array) -> tuple[Params, Any]:
-        return {NETWORK: network.init(key, jnp.zeros((1, *data.image_size, 3 * len(fields))))["params"]}, {}
+        found = network.init(key, jnp.zeros((1, *data.image_size, 3 * len(fields))))
+        return {NETWORK: found["params"]}, {NETWORK: found[STATS]} if STATS in found else {}
 
-    def run(params: Params, batch: Batch, key: jax.Array | None) -> Outputs:
+    def run(params: Params, extra: Any, batch: Batch, key: jax.Array | None) -> tuple[Outputs, Any]:
         x = jnp.concatenate([batch[field].astype(jnp.float32) / 127.5 - 1.0 for field in fields], axis=-1)
         if key is not None:
             x = _flipped(x, key, batch["example"])
-        logits, features = network.apply({"params": params[NETWORK]}, x)
-        return {"logits": logits, "embedding": features}
+        variables = {"params": params[NETWORK], **({STATS: extra[NETWORK]} if extra else {})}
+        found, new = network.apply(variables, x, key is not None, mutable=[STATS])
+        outputs = dict(zip(("logits", "embedding"), found))
+        return outputs, ({NETWORK: new[STATS]} if extra else {})
 
     def forward(params, frozen, extra, batch, key, train, stage="train"):
         del frozen, stage
-        return run(params, batch, key if train else None), extra
+        outputs, new = run(params, extra, batch, key if train else None)
+        return outputs, new if train else extra
 
     def predict(params, frozen, extra, batch, mode_name, key=None):
-        del frozen, extra, key
+        del frozen, key
         if mode_name != mode.name:
             raise ValueError(f"mode {mode_name!r} is not available in this run; it has {mode.name!r}")
-        found = run(params, batch, None)
+        found, _ = run(params, extra, batch, None)
         return {**found, "prob": jax.nn.softmax(found["logits"])}
 
     return Method(
@@ -111,7 +125,7 @@ def make_method(config: ml_collections.ConfigDict, data: DataSpec) -> Method:
         modes=(mode,),
         stages=(Stage("train", (NETWORK,), (mode.name,)),),
         requires=(*fields, "label", "has_label", "example", "weight"),
-        batch_coupled=False,
+        batch_coupled=config.model.norm == BATCH,
     )
 
 

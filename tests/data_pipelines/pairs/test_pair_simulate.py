@@ -10,14 +10,16 @@ def grades_and_statistics(spec, n=120):
     grades = np.arange(n) % 4
     pairs = [draw_pair(spec, number, grade) for number, grade in enumerate(grades)]
     dark = np.array([(image[..., 0] < 160).mean() for image, _ in pairs])
-    brown = np.array([(other[..., 0].astype(int) - other[..., 2] > 5).mean() for _, other in pairs])
+    brown = np.array([np.percentile(other[..., 0].astype(int) - other[..., 2], 96) for _, other in pairs])
     return grades, dark, brown
 
 
 def test_the_grade_is_plain_in_ihc_and_faint_in_he():
     grades, dark, brown = grades_and_statistics(PairSpec(size=32, noise=2.0))
     he, ihc = (abs(np.corrcoef(grades, x)[0, 1]) for x in (dark, brown))
-    assert ihc > 0.7 and 0.05 < he < ihc - 0.2
+    assert ihc > 0.8 and he < ihc - 0.2
+    strong = grades_and_statistics(PairSpec(size=32, noise=2.0, he_signal=5.0))
+    assert np.corrcoef(*strong[:2])[0, 1] > max(he, 0.4)
 
 
 def test_without_signal_he_says_nothing():
