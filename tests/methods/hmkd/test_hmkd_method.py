@@ -237,6 +237,18 @@ def test_constant_loss_scaling_of_half_precision_changes_no_gradient_but_by_roun
     assert 0.8 < ratio < 1.25
 
 
+def test_a_preset_of_augmentations_stands_in_the_place_of_the_flips():
+    run = setup.method(data__augment="stain_jitter")
+    _, params, extra = start()
+    data = setup.batch()
+    first = setup.forward(run, params, {}, extra, data, KEY, True)
+    flips = setup.forward(start()[0], params, {}, extra, data, KEY, True)
+    assert all(np.isfinite(v).all() for v in first.values())
+    assert np.abs(first["student_f3"] - flips["student_f3"]).max() > 1e-4
+    with pytest.raises(ValueError, match="knows all pairs of flips"):
+        setup.method(data__augment="stain_jitter", distill__schedule="cached", distill__teacher="somewhere")
+
+
 def test_images_that_are_too_small_are_refused_before_anything_is_compiled():
     with pytest.raises(ValueError, match="sides must be at least 256"):
         setup.hmkd.make_method(setup.hmkd.default_config(), DataSpec(0, 4, image_size=(224, 224)))
@@ -274,6 +286,7 @@ def _noisy_pairs(side):
 def test_T4_either_stage_overfits_synthetic_pairs(stage, monkeypatch):
     """On tiny networks and images; rate 1e-2, because they see less of each texture."""
     monkeypatch.setattr(images, "standardise", lambda x: x)
+    monkeypatch.setattr(images, "check_images", lambda x: None)
     he, ihc, label = _noisy_pairs(setup.SIDE)
     run = setup.method(data__flip_mode="none", train__b=16)
     params, extra = setup.init(run)
