@@ -18,7 +18,7 @@ from data_pipelines.simulate import simulate_cohort
 from histokd_jax import inference
 from histokd_jax.evals.predictions import read_predictions
 from histokd_jax.report.build import build_report as report
-from histokd_jax.train import loop, model_dir, run, signals
+from histokd_jax.train import experiment, loop, model_dir, run, signals
 from histokd_jax.train.checkpoint import CheckpointMismatchError, export_groups, load_groups
 from histokd_jax.train.loop import DivergedError
 from histokd_jax.train.signals import Interrupted
@@ -175,7 +175,7 @@ def test_resume_with_another_packing_plan_is_refused(tiny_config, tmp_path, monk
     """The same configuration under a planner that packs otherwise: the identity covers the plan itself."""
     cfg = tiny_config()
     interrupt(cfg, tmp_path, monkeypatch)
-    original = run.fold_data
+    original = experiment.fold_data
 
     def shifted(*args):
         data = original(*args)
@@ -190,7 +190,7 @@ def test_resume_with_another_packing_plan_is_refused(tiny_config, tmp_path, monk
             ),
         )
 
-    monkeypatch.setattr(run, "fold_data", shifted)
+    monkeypatch.setattr(experiment, "fold_data", shifted)
     with pytest.raises(CheckpointMismatchError, match="packing"):
         run.train(cfg, tmp_path)
 
