@@ -132,6 +132,9 @@ def _model(cfg) -> None:
     """Networks, losses and data: the part that only this method reads."""
     common.image_pairs(cfg)
     cfg.data.flip_mode = "independent"  # paired: both stains alike | none
+    # flips: those of flip_mode | in their place a preset of histokd_jax.ops.image.presets, e.g. stain_jitter (flips and
+    # quarter turns alike for both stains, stain and colour jitter of the H&E image), mfl_corrected, none
+    cfg.data.augment = "flips"
     cfg.model = dict(MODEL)
     cfg.norm = dict(running_var="unbiased")  # or biased
     cfg.student = dict(cross_ffn_source="block_input")  # attn_output: as in the teacher

@@ -51,6 +51,7 @@ class Adapter:
       task: "classification" or "survival".
       gene_groups: where the sizes of gene groups can be read off, if there are any.
       genes_in_config: whether the number of genes is a setting (genes.top_k), which no tensor shows.
+      counters: keys of integers that PyTorch stores beside running statistics; ignored when read, 0 when written.
       statistics: whether the network keeps running statistics: its group is then {"params", "batch_stats"} in both
         directions.
     """
@@ -63,6 +64,7 @@ class Adapter:
     task: str = CLASSIFICATION
     gene_groups: GroupSizes | None = None
     genes_in_config: bool = False
+    counters: tuple[str, ...] = ()
     statistics: bool = False
 
 
@@ -176,7 +178,7 @@ def _hmkd(cfg: ConfigDict) -> dict[str, Adapter]:
             return torch_keys.to_torch(*trees, paired_spec(cfg, data.num_classes), group)
 
         counters = torch_keys.counters(paired_spec(cfg, 2), group)
-        return Adapter(f"HM-KD {group}", (group,), read, write, counters, statistics=True)
+        return Adapter(f"HM-KD {group}", (group,), read, write, counters=counters, statistics=True)
 
     return {group: one(group) for group in (TEACHER, STUDENT)}
 

@@ -33,7 +33,7 @@ class Matched:
         """E.g. "99 of 104 tensors used; never used by the authors' code: ..."."""
         text = f"{len(self.tensors)} of {len(self.tensors) + len(self.dead)} tensors used"
         if self.dead:
-            text += f"; stored but never used by the authors' code: {shown(self.dead)}"
+            text += f"; stored but never used by the authors' code: {', '.join(self.dead)}"
         return text + (f"; converted to float32: {shown(self.cast)}" if self.cast else "")
 
 

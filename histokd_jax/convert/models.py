@@ -16,7 +16,7 @@ from data_pipelines import torch_file
 from data_pipelines.survival import TimeBins
 from histokd_jax.convert import widths
 from histokd_jax.convert.adapters import PARAMS, STATISTICS, Adapter, adapters
-from histokd_jax.convert.matching import ConversionError, Matched, Tensors, match
+from histokd_jax.convert.matching import ConversionError, Matched, Tensors, match, plain
 from histokd_jax.tasks.survival import bin_names
 from histokd_jax.train import model_dir
 from histokd_jax.types import SURVIVAL, DataSpec
@@ -63,12 +63,20 @@ def from_checkpoints(cfg: ConfigDict, checkpoints: Mapping[str, pathlib.Path]) -
         adapter = known[name]
         like = widths.shapes_of(cfg, spec, adapter.statistics)
         expected = widths.expected(adapter, like, spec)
-        matched[name] = match(states[name], expected, adapter.dead, where=str(path), network=adapter.name)
+        matched[name] = match(
+            _without(states[name], adapter.counters), expected, adapter.dead, where=str(path), network=adapter.name
+        )
         found = adapter.from_torch(matched[name].tensors, spec)
         trees = {group: _cast(found[group], like[group], group) for group in adapter.groups if group in like}
         own, statistics = _split(adapter, trees)
         params, extra = params | own, extra | statistics
     return Converted(params, spec, matched, extra)
+
+
+def _without(state: Tensors, counters: Sequence[str]) -> Tensors:
+    """The tensors that are no step counters."""
+    ignored = set(counters)
+    return {key: value for key, value in state.items() if plain(key) not in ignored}
 
 
 def _split(adapter: Adapter, trees: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -190,4 +198,5 @@ def to_checkpoint(directory: pathlib.Path, network: str = "") -> Tensors:
     params, extra = model_dir.read_groups(directory, facts, method, groups)
     if adapter.statistics:
         params = {group: {PARAMS: tree, STATISTICS: extra[group]} for group, tree in params.items()}
-    return adapter.to_torch(jax.tree.map(np.asarray, params), spec)
+    tensors = adapter.to_torch(jax.tree.map(np.asarray, params), spec)
+    return {**tensors, **{key: np.zeros((), np.int64) for key in adapter.counters}}

@@ -22,10 +22,11 @@ from tqdm import tqdm
 
 from data_pipelines.cohort import Cohort
 from histokd_jax.tasks import Table
-from histokd_jax.train import distributed, evaluate, optim
+from histokd_jax.train import distributed, evaluate, held, optim
 from histokd_jax.train.checkpoint import RunCheckpoints
 from histokd_jax.train.experiment import FoldData
 from histokd_jax.train.feed import Feeder
+from histokd_jax.train.held import Held
 from histokd_jax.train.programs import Programs
 from histokd_jax.train.signals import Interrupted, StopRequest
 from histokd_jax.train.state import TrainState, init_params
@@ -81,6 +82,7 @@ class Job:
       identity: facts that must not change when resuming.
       title: shown on the progress bar.
       frozen: networks that are not trained, see `Method.forward`; neither differentiated nor in any checkpoint.
+      held: those of them that an earlier stage of this run has trained; they are evaluated as well.
     """
 
     cfg: ConfigDict
@@ -93,6 +95,7 @@ class Job:
     identity: Mapping[str, str]
     title: str = ""
     frozen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    held: Held = dataclasses.field(default_factory=Held)
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -137,17 +140,29 @@ def fit(job: Job, stop: StopRequest) -> Fit:
             for index in range(progress.stage, len(method.stages)):
                 stage = method.stages[index]
                 key = jax.random.fold_in(rng, index)
-                state = job.programs.start(stage, params, extra, key, example, job.frozen)
+                if saved:
+                    params, extra = held.read(job.directory, held.groups(job.cfg, stage, params), params, extra)
+                params, extra, aside = held.divide(job.cfg, stage, params, extra)
+                staged = _holding(job, aside)
+                state = job.programs.start(stage, params, extra, key, example, staged.frozen)
                 if saved:
                     state, saved = checkpoints.restore(state), None
                     logging.info("resumed at stage %s, step %d", stage.name, progress.step)
                 else:
                     progress = Progress(stage=index)
-                runner = _StageRunner(job, stage, checkpoints, writer, stop)
+                    held.write(job.directory, aside)
+                runner = _StageRunner(staged, stage, checkpoints, writer, stop)
                 state, progress = runner.run(state, progress)
                 params = selected_params(job.cfg, stage, state, progress)
-                extra = selected_extra(job.cfg, state, progress)
+                params, extra = aside.beside(params, selected_extra(job.cfg, state, progress))
     return Fit(job.programs.whole(params), extra, progress, job.data.train.plan.fill())
+
+
+def _holding(job: Job, aside: Held) -> Job:
+    """The job of a stage that holds networks of an earlier one."""
+    if not aside.params:
+        return job
+    return dataclasses.replace(job, frozen={**job.frozen, **job.programs.whole(aside.frozen)}, held=aside)
 
 
 def stopped_early(cfg: ConfigDict, progress: Progress) -> bool:
@@ -301,7 +316,7 @@ def predict_part(
         step_key = None if key is None else jax.random.fold_in(key, number)
         return job.programs.predict(job.modes, params, extra, batch, step_key)
 
-    params = job.programs.whole(params)
+    params, extra = job.programs.whole(job.held.beside(params, extra))
     found = evaluate.predict_source(predict, source, job.feeder, job.data.task.outputs)
     # A jitted function returns dictionaries in the order of their keys; tables start with the deployed mode.
     return {mode: found[mode] for mode in job.modes}

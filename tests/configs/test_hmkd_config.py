@@ -90,6 +90,7 @@ def test_ablations_are_settings_of_known_keys():
         ("train.drop_last=False", "train.drop_last"),
         ("distill.schedule=cached", "give distill.teacher"),
         ("norm.running_var=none", "norm.running_var"),
+        ("data.augment=more", "data.augment = 'more'"),
     ],
 )
 def test_impossible_settings_are_refused_with_key_and_way_out(change, message):

@@ -147,8 +147,13 @@ def digest(value):
     return float(np.mean(value)), float(np.linalg.norm(np.asarray(value).ravel()))
 
 
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("model", ["teacher", "student"])
+@pytest.mark.parametrize(
+    "model,train",
+    [
+        *(("teacher", False), ("student", False), ("student", True)),
+        pytest.param("teacher", True, marks=pytest.mark.slow),
+    ],
+)
 def test_golden_outputs(golden_dir, model, train):
     found, new = forward(golden_dir, model, train)
     expected = np.array((TRAINING if train else INFERENCE)[model])
@@ -179,7 +184,10 @@ def stage2_outputs(student, teacher):
     return objectives.named("student", student) | objectives.named("teacher", taught)
 
 
-@pytest.mark.parametrize("source,train", STAGE2)
+@pytest.mark.parametrize(
+    "source,train",
+    [pytest.param(*case, marks=[pytest.mark.slow] if case[0] == "attn_output" else []) for case in STAGE2],
+)
 def test_golden_losses_of_the_second_stage(golden_dir, source, train):
     student = forward(golden_dir, "student", train, source)[0]
     teacher = forward(golden_dir, "teacher", False)[0]
@@ -192,6 +200,7 @@ def test_golden_losses_of_the_second_stage(golden_dir, source, train):
         np.testing.assert_allclose(student["logits"][0], CORRECTED_LOGITS[train], rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_golden_loss_of_the_first_stage(golden_dir):
     found, _ = forward(golden_dir, "teacher", True)
     loss, _ = objectives.objective(objectives.ObjectiveSpec(), {"teacher_logits": found["logits"]}, BATCH, 0, "teacher")
@@ -217,9 +226,8 @@ def gradient_norm(folder, model, source="block_input"):
     return float(optax.tree.norm(compiled(variables["params"], *tiles(model))))
 
 
-@pytest.mark.parametrize("source", [
-    "block_input", pytest.param("attn_output", marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["block_input", "attn_output"])
 def test_golden_gradient_norm_of_the_student(golden_dir, source):
     np.testing.assert_allclose(gradient_norm(golden_dir, "student", source), GRADIENT_NORMS[source], rtol=1e-4)
 

@@ -13,11 +13,13 @@ from histokd_jax.methods.hmkd.objective import COS_FEATURES, MAPS, REDUCTIONS, S
 from histokd_jax.methods.settings import lookup
 from histokd_jax.nn.paired.spec import ATTENTION_OUTPUT, BLOCK_INPUT, FFN_SOURCES, NormSpec, PairedSpec
 from histokd_jax.ops.depthwise import FORMS
+from histokd_jax.ops.image.presets import image_presets
 from histokd_jax.ops.token_attention import GATED, GATES
 
 TWO_STAGE, CACHED, TEACHER_ONLY = "two_stage", "cached", "teacher_only"
 UNBIASED, BIASED = "unbiased", "biased"
 NO_WEIGHTS, BALANCED = "none", "balanced"
+FLIPS = "flips"
 DTYPES: Mapping[str, Any] = {"float32": None, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 FAITHFUL: Mapping[str, Any] = {
@@ -42,6 +44,7 @@ CORRECTED: Mapping[str, Any] = {
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "data.flip_mode": FLIP_MODES,
+    "data.augment": (FLIPS, *image_presets()),
     "model.attention_axis": ("token",),
     "model.attention_gate": GATES,
     "model.depthwise": FORMS,
@@ -67,7 +70,7 @@ def default_config() -> ml_collections.ConfigDict:
     spec = PairedSpec()
     return ml_collections.ConfigDict(
         dict(
-            data=dict(flip_mode=INDEPENDENT),
+            data=dict(flip_mode=INDEPENDENT, augment=FLIPS),
             model=dict(
                 widths=spec.widths,
                 stem_patch=spec.stem_patch,
@@ -174,6 +177,11 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
     if schedule == CACHED and not folder:
         raise ValueError(
             "distill.schedule = 'cached' computes the outputs of a finished teacher once: give distill.teacher = FOLDER"
+        )
+    if schedule == CACHED and config.data.augment != FLIPS:
+        raise ValueError(
+            f"distill.schedule = 'cached' knows all pairs of flips, but data.augment = {config.data.augment!r} draws "
+            "numbers without end: set data.augment = 'flips', or run the teacher beside the student"
         )
     if config.loss.class_weights == BALANCED and not all(n > 0 for n in config.loss.class_counts or (0,)):
         raise ValueError(

@@ -1,4 +1,8 @@
-"""What happens to a pair on the device before the networks see it: flips and standardisation (section 2.3)."""
+"""What happens to a pair on the device before the networks see it: flips and standardisation (section 2.3).
+
+The flips of the release are drawn here, as data, so that outputs of a teacher can be cached for every pair of flips.
+Any preset of `histokd_jax.ops.image.presets` may stand in their place.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from histokd_jax.ops.image.augment import augment
+from histokd_jax.ops.image.presets import Recipe
 
 INDEPENDENT, PAIRED, NO_FLIPS = "independent", "paired", "none"
 FLIP_MODES = (INDEPENDENT, PAIRED, NO_FLIPS)
@@ -81,18 +88,41 @@ def apply_flips(images: jax.Array, flips: jax.Array) -> jax.Array:
     Returns:
       Images of the same shape.
     """
+    check_images(images)
     horizontal, vertical = (flips[:, i][:, None, None, None] for i in range(2))
     images = jnp.where(horizontal, images[:, :, ::-1], images)
     return jnp.where(vertical, images[:, ::-1], images)
 
 
-def standardise(images: jax.Array) -> jax.Array:
-    """[B, H, W, 3] uint8 to float32 with the fixed mean and standard deviation of each colour.
+def follow_recipe(key: jax.Array, example: jax.Array, images: jax.Array, recipe: Recipe, partner: bool) -> jax.Array:
+    """Augments one stain of a step by a preset.
+
+    Args:
+      key: of the step.
+      example: [B] int32.
+      images: [B, H, W, 3] uint8.
+      recipe: steps of both stains.
+      partner: whether these are the partner images.
+
+    Returns:
+      [B, H, W, 3] on 0..255, uint8 or float32.
+    """
+    check_images(images)
+    steps, branch = (recipe.partner, 1) if partner else (recipe.image, 0)
+    return augment(key, example, images, steps, branch=branch, shared_geometry=recipe.shared_geometry)
+
+
+def check_images(images: jax.Array) -> None:
+    """Refuses what is no batch of 8-bit RGB images.
 
     Raises:
-      ValueError: images that are no uint8 RGB.
+      ValueError: showing shape and type.
     """
     if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"images must be [B, H, W, 3] uint8, got {images.shape} {images.dtype}")
+
+
+def standardise(images: jax.Array) -> jax.Array:
+    """[B, H, W, 3] on 0..255 to float32 with the fixed mean and standard deviation of each colour."""
     mean, std = (jnp.asarray(v, jnp.float32).reshape(1, 1, 1, 3) for v in (MEAN, STD))
     return (images.astype(jnp.float32) / 255.0 - mean) / std

@@ -18,6 +18,7 @@ from histokd_jax.methods.hmkd.config import (
     CACHED,
     CORRECTED,
     FAITHFUL,
+    FLIPS,
     TWO_STAGE,
     WEIGHTS,
     default_config,
@@ -32,6 +33,8 @@ from histokd_jax.nn.paired.initial import init_variables
 from histokd_jax.nn.paired.networks import Student, Teacher
 from histokd_jax.nn.paired.spec import LEVELS, PairedSpec
 from histokd_jax.ops.gradient_scale import scale_gradient
+from histokd_jax.ops.image import presets
+from histokd_jax.ops.image.presets import Recipe
 from histokd_jax.types import CLASSIFICATION, Batch, DataSpec, Extra, Method, Mode, Outputs, Params, Stage
 
 __all__ = [
@@ -76,6 +79,7 @@ class _HmKd:
       spec: the architecture.
       objective_spec: terms and weights of the loss.
       flip_mode: see `images.draw_flips`.
+      recipe: augmentation in place of the flips; None for the flips.
       distils: whether the student has a teacher.
       loss_scale: factor on gradients inside the networks; 1 for none.
     """
@@ -87,6 +91,7 @@ class _HmKd:
     flip_mode: str
     distils: bool
     loss_scale: float = 1.0
+    recipe: Recipe | None = None
 
     def init(self, key: jax.Array) -> tuple[Params, Extra]:
         """Initial parameters and running statistics, both by network; the student's do not depend on the teacher."""
@@ -126,12 +131,21 @@ class _HmKd:
         """
         number = batch["weight"].shape[0]
         flips = images.draw_flips(key, batch["example"], self.flip_mode) if train else images.no_flips(number)
-        image = images.standardise(images.apply_flips(batch["image"], flips.image))
-        tiles = (image, _partner(batch, flips)) if stage == TEACHER else (image,)
+
+        def prepared(field: str) -> jax.Array:
+            if train and self.recipe is not None:
+                moved = images.follow_recipe(key, batch["example"], batch[field], self.recipe, field == "partner")
+            else:
+                moved = images.apply_flips(batch[field], flips.image if field == "image" else flips.partner)
+            return images.standardise(moved)
+
+        image = prepared("image")
+        tiles = (image, prepared("partner")) if stage == TEACHER else (image,)
         found, stats = self._run(stage, params[stage], extra[stage], tiles, train)
         outputs = objectives.named(stage, found)
         if stage == STUDENT and self.distils:
-            taught = self._taught(params, frozen, extra, batch, flips, image)
+            which = batch["example"], images.variant_index(flips, self.flip_mode)
+            taught = self._taught(params, frozen, extra, which, lambda: (image, prepared("partner")))
             outputs |= jax.lax.stop_gradient(objectives.named(TEACHER, taught))
         return outputs, {**extra, stage: stats}
 
@@ -146,13 +160,13 @@ class _HmKd:
         kept = {output: found[output] for output in _DISTILLED if output in found}
         return scale_gradient(kept, self.loss_scale), stats
 
-    def _taught(self, params, frozen, extra, batch, flips, image) -> Outputs:
+    def _taught(self, params, frozen, extra, which: tuple, pair: Callable[[], tuple]) -> Outputs:
+        """What the teacher says about a step: from its table, else by asking it."""
         wanted = self.objective_spec.teacher_outputs()
         if TEACHER_OUTPUTS in frozen:
-            table, which = frozen[TEACHER_OUTPUTS], images.variant_index(flips, self.flip_mode)
-            return {name: table[name][batch["example"], which] for name in wanted}
+            return {name: frozen[TEACHER_OUTPUTS][name][which] for name in wanted}
         variables = jax.lax.stop_gradient(_variables(TEACHER, params, frozen, extra))
-        found = self.networks[TEACHER].apply(variables, image, _partner(batch, flips))
+        found = self.networks[TEACHER].apply(variables, *pair())
         return {name: found[name] for name in wanted}
 
     def objective(
@@ -204,6 +218,8 @@ class _HmKd:
         missing = [field for field in fields if field not in batch]
         if missing:
             raise ValueError(f"the batch has no {missing}; present: {sorted(batch)}. Mode {mode!r} reads them")
+        for field in (field for field in fields if field in _IMAGES):
+            images.check_images(batch[field])
         tiles = [images.standardise(batch[field]) for field in fields if field in _IMAGES]
         return self.networks[network].apply(_variables(network, params, frozen, extra), *tiles)
 
@@ -218,10 +234,6 @@ def _variables(name: str, params: Params, frozen: Params, extra: Extra) -> dict[
     if name not in params or name not in extra:
         raise ValueError(f"parameters and statistics of {name!r} are needed but absent; present: {sorted(params)}")
     return {"params": params[name], "batch_stats": extra[name]}
-
-
-def _partner(batch: Batch, flips: images.Flips) -> jax.Array:
-    return images.standardise(images.apply_flips(batch["partner"], flips.partner))
 
 
 def _stages(names: tuple[str, ...]) -> tuple[Stage, ...]:
@@ -242,6 +254,7 @@ def make_run(config: ml_collections.ConfigDict, data: DataSpec) -> _HmKd:
         flip_mode=config.data.flip_mode,
         distils=taught,
         loss_scale=config.loss.scale if config.train.compute_dtype == "float16" else 1.0,
+        recipe=None if config.data.augment == FLIPS else presets.recipe(config.data.augment),
     )
 
 

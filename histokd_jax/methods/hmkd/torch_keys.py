@@ -190,7 +190,7 @@ def to_torch(params: Mapping, statistics: Mapping, spec: PairedSpec, network: st
       network: "teacher" or "student".
 
     Returns:
-      {PyTorch key: array}, without step counters.
+      {PyTorch key: array}, without step counters (see `counters`).
 
     Raises:
       ValueError: if the trees have other leaves than the network.

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from histokd_jax.methods.hmkd import images
+from histokd_jax.ops.image import presets
 
+KEY = jax.random.key(5)
 EXAMPLES = jnp.arange(4000, dtype=jnp.int32)
 
 
@@ -62,7 +64,23 @@ def test_standardisation_equals_the_definition():
 )
 def test_images_that_are_no_8_bit_rgb_are_refused(bad):
     with pytest.raises(ValueError, match=r"must be \[B, H, W, 3\] uint8"):
-        images.standardise(jnp.asarray(bad))
+        images.apply_flips(jnp.asarray(bad), jnp.zeros((2, 2), bool))
+
+
+def test_presets_move_both_stains_alike_or_apart():
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 256, (64, 4, 4, 3), np.uint8))
+    for name, share in (("hmkd_paired_flips", 1.0), ("hmkd_faithful", 0.25)):
+        given = KEY, EXAMPLES[:64], x, presets.recipe(name)
+        image, partner = (np.asarray(images.follow_recipe(*given, partner)) for partner in (False, True))
+        assert image.dtype == np.uint8 and (image != np.asarray(x)).any()
+        assert abs((image == partner).all((1, 2, 3)).mean() - share) < 0.2
+
+
+def test_stain_jitter_changes_colours_of_the_image_alone():
+    x = jnp.full((4, 4, 4, 3), 120, jnp.uint8)
+    given = KEY, EXAMPLES[:4], x, presets.recipe("stain_jitter")
+    image, partner = (np.asarray(images.follow_recipe(*given, partner)) for partner in (False, True))
+    assert np.abs(image - 120.0).max() > 0.5 and (partner == 120).all()
 
 
 def test_an_unknown_mode_is_refused():

@@ -88,7 +88,9 @@ def test_a_frozen_teacher_as_an_argument_equals_one_among_the_parameters():
         given.forward(*own[:1], {}, own[1], setup.batch(), KEY, True)
 
 
-@pytest.mark.parametrize("mode", images.FLIP_MODES)
+@pytest.mark.parametrize(
+    "mode", ["paired", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("independent", "none"))]
+)
 def test_a_student_of_cached_outputs_equals_one_beside_its_teacher(mode):
     cfg = setup.config(data__flip_mode=mode)
     run = make_run(cfg, DataSpec(feat_dim=0, num_classes=setup.CLASSES))
@@ -206,7 +208,7 @@ def test_M8_inference_of_the_student_never_reads_ihc():
         run.predict(params, {}, extra, data, "pathology")
 
 
-@pytest.mark.parametrize("mode", [HE, HE_IHC])
+@pytest.mark.parametrize("mode", [HE, pytest.param(HE_IHC, marks=pytest.mark.slow)])
 def test_attention_is_a_distribution_over_the_finest_grid(mode):
     run, params, extra = start()
     found = setup.predict(run, params, extra, setup.batch(), mode, "attention")
@@ -227,6 +229,7 @@ def test_augmentation_is_seeded_and_inference_has_none():
     np.testing.assert_allclose(quiet["student_logits"], shown["logits"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_constant_loss_scaling_of_half_precision_changes_no_gradient_but_by_rounding():
     run, params, extra = start()
     (_, _), exact = setup.gradients(run, "student", params, extra, setup.batch(), KEY)
@@ -235,6 +238,19 @@ def test_constant_loss_scaling_of_half_precision_changes_no_gradient_but_by_roun
     assert np.isfinite(float(loss))
     ratio = setup.norm(found["student"]) / setup.norm(exact["student"])
     assert 0.8 < ratio < 1.25
+
+
+@pytest.mark.slow
+def test_a_preset_of_augmentations_stands_in_the_place_of_the_flips():
+    run = setup.method(data__augment="stain_jitter")
+    _, params, extra = start()
+    data = setup.batch()
+    first = setup.forward(run, params, {}, extra, data, KEY, True)
+    flips = setup.forward(start()[0], params, {}, extra, data, KEY, True)
+    assert all(np.isfinite(v).all() for v in first.values())
+    assert np.abs(first["student_f3"] - flips["student_f3"]).max() > 1e-4
+    with pytest.raises(ValueError, match="knows all pairs of flips"):
+        setup.method(data__augment="stain_jitter", distill__schedule="cached", distill__teacher="somewhere")
 
 
 def test_images_that_are_too_small_are_refused_before_anything_is_compiled():
@@ -274,6 +290,7 @@ def _noisy_pairs(side):
 def test_T4_either_stage_overfits_synthetic_pairs(stage, monkeypatch):
     """On tiny networks and images; rate 1e-2, because they see less of each texture."""
     monkeypatch.setattr(images, "standardise", lambda x: x)
+    monkeypatch.setattr(images, "check_images", lambda x: None)
     he, ihc, label = _noisy_pairs(setup.SIDE)
     run = setup.method(data__flip_mode="none", train__b=16)
     params, extra = setup.init(run)
