@@ -78,6 +78,18 @@ def test_pen_marks_across_tissue_are_cut_out_and_the_rest_stays(name):
     assert (found.tissue & away).sum() > 0.97 * away.sum()
 
 
+@pytest.mark.parametrize("name", INKS)
+def test_transparent_ink_over_tissue_is_recognised_too(name):
+    """What an ink lets through is multiplied with what the tissue lets through."""
+    mark = slides.box(*SHAPE, 60, 190, 340, 206)
+    picture = painted()
+    through = np.where(mark[..., None], np.asarray(INKS[name]) / 243, 1.0)
+    found = find((picture * ndimage.gaussian_filter(through, (0.7, 0.7, 0))).round().astype(np.uint8))
+    assert (found.tissue & mark).sum() < 0.02 * mark.sum()
+    away = TISSUE & ~ndimage.binary_dilation(mark, iterations=16)
+    assert (found.tissue & away).sum() > 0.97 * away.sum()
+
+
 def test_ink_is_kept_on_request():
     mark = slides.box(*SHAPE, 380, 40, 400, 360)
     assert find(over(painted(), mark, INKS["green"]), ink=False).tissue[mark].mean() > 0.9
