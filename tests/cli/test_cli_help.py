@@ -12,7 +12,7 @@ WORDS = {
     "demo": ("simulated cohort", "--workdir", "--smoke", "default: runs/demo"),
     "simulate": ("--out", "--set", "FIELD=VALUE", "--labels", "real genes and labels, simulated bags"),
     "tile": ("OpenSlide", "--target-mpp", "--mpp", "in TRIDENT's layout", "quarantine.csv", "for QuPath", "Exit code"),
-    "embed": ["--coords", "--weights", "--random-weights", "--dtype", "--stain", "quarantine"],
+    "embed": ("--coords", "--random-weights", "nothing is downloaded", "--stain", "quarantine.csv", "Exit code"),
     "import": ("CLAM, TRIDENT, STAMP", "--case-regex", "--format", "quarantine.csv", "--level0-mpp", "Exit code"),
     "validate": ("--tables", "--splits", "--json", "--accept", "a training would be wrong"),
     "splits": ("--site-preserved", "--survival", "--task", "all slides of a patient together"),
