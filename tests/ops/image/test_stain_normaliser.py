@@ -84,7 +84,10 @@ def record():
     [
         (lambda r: r.update(format="x"), "s.json: expected a stain normalisation of format 'histokd-stain/1'"),
         (lambda r: r.update(method="khan"), "s.json: method is 'khan'; expected one of macenko"),
-        (lambda r: r["target"].pop("maximum"), "s.json: target of macenko must have the fields stains, maximum, valid"),
+        (
+            lambda r: r["target"].pop("maximum"),
+            "s.json: target of macenko must have the fields stains, maximum, background, valid",
+        ),
         (lambda r: r["target"].update(maximum=[1.0]), r"s.json: target.maximum is \[1.0\]; expected .*shape \(2,\)"),
         (lambda r: r["target"].update(stains="a"), "s.json: target.stains is 'a'"),
         (lambda r: r["target"].update(maximum=[1.0, float("nan")]), "s.json: target.maximum is"),
