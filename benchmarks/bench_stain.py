@@ -40,14 +40,15 @@ def simulate_tiles(batch: int, size: int) -> np.ndarray:
     return np.clip(np.round(245 * np.exp(-density)), 0, 255).astype(np.uint8)
 
 
-def log_table(background: float) -> np.ndarray:
-    """[256] float32: optical density of each level."""
-    return -np.log(np.maximum(np.arange(256), 1) / background).astype(np.float32)
+def log_table(background: float, levels: np.ndarray | None = None) -> np.ndarray:
+    """[256] float32: optical density of each level (or of what stands for it)."""
+    levels = np.arange(256) if levels is None else levels
+    return -np.log(np.maximum(levels, 1) / background).astype(np.float32)
 
 
-def linear_table() -> np.ndarray:
-    """[256] float32: linear light of each sRGB level."""
-    v = np.arange(256) / 255
+def linear_table(levels: np.ndarray | None = None) -> np.ndarray:
+    """[256] float32: linear light of each sRGB level (or of what stands for it)."""
+    v = (np.arange(256) if levels is None else levels) / 255
     return np.where(v > 0.04045, ((v + 0.055) / 1.055) ** 2.4, v / 12.92).astype(np.float32)
 
 
@@ -85,10 +86,8 @@ class NumpyMacenko:
 class NumpyVahadane:
     """The factorisation of `ops.image.vahadane` for one tile."""
 
-    background = vahadane.BACKGROUND
-
     def __init__(self, rounds: int):
-        self.rounds, self.table, self.start = rounds, log_table(self.background), NumpyMacenko(0)
+        self.rounds = rounds
 
     def amounts(self, od: np.ndarray, stains: np.ndarray, sparsity: float) -> np.ndarray:
         """[..., 2] exact non-negative amounts."""
@@ -98,13 +97,17 @@ class NumpyVahadane:
         single = np.maximum(gain, 0) * (np.stack([gain[..., 0] >= gain[..., 1], gain[..., 0] < gain[..., 1]], -1))
         return np.where((both >= 0).all(-1, keepdims=True), both, single)
 
-    def fit(self, tile: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(stains [2, 3], maximum [2])."""
+    def fit(self, tile: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        """(stains [2, 3], maximum [2], white level)."""
         pixels = tile.reshape(-1, 3)
-        light = linear_table()[pixels] @ colour.XYZ_OF_RGB[1].astype(np.float32)
+        white = np.clip(np.percentile(pixels.max(1), 99), 128, 255)
+        scaled = np.arange(256) * (255 / white)
+        light = linear_table(scaled)[pixels] @ colour.XYZ_OF_RGB[1].astype(np.float32)
         pixels = pixels[light < ((80 + 16) / 116) ** 3]
-        od = np.maximum(self.table[pixels], 0)
-        stains = np.maximum(self.start.fit(pixels)[0], 1e-3)
+        od = np.maximum(log_table(white)[pixels], 0)
+        start = NumpyMacenko(0)
+        start.table = log_table(start.background, scaled)
+        stains = np.maximum(start.fit(pixels)[0], 1e-3)
         stains /= np.linalg.norm(stains, axis=1, keepdims=True)
         for _ in range(self.rounds):
             amounts = self.amounts(od, stains, 0.1)
@@ -113,13 +116,13 @@ class NumpyVahadane:
                 step = np.maximum(projected[k] - overlap[k, 1 - k] * stains[1 - k], 0)
                 stains[k] = step / np.linalg.norm(step)
         stains = stains[np.argsort(-stains[:, 0])]
-        return stains, np.percentile(self.amounts(od, stains, vahadane.TRANSFORM_SPARSITY), 99, axis=0)
+        return stains, np.percentile(self.amounts(od, stains, vahadane.TRANSFORM_SPARSITY), 99, axis=0), white
 
     def transform(self, tile: np.ndarray, source: tuple, target: tuple) -> np.ndarray:
         """uint8."""
-        amounts = self.amounts(self.table[tile], source[0], vahadane.TRANSFORM_SPARSITY)
+        amounts = self.amounts(log_table(source[2])[tile], source[0], vahadane.TRANSFORM_SPARSITY)
         scaled = (target[0] * (target[1] / source[1])[:, None]).astype(np.float32)
-        return as_uint8(self.background * np.exp(-(amounts @ scaled)))
+        return as_uint8(target[2] * np.exp(-(amounts @ scaled)))
 
 
 class NumpyReinhard:
@@ -146,7 +149,9 @@ class NumpyReinhard:
 
     def transform(self, tile: np.ndarray, source: tuple, target: tuple) -> np.ndarray:
         """uint8."""
-        lab = (self.lab(tile) - source[0]) * (target[1] / source[1]) + target[0]
+        before = self.lab(tile)
+        after = (before - source[0]) * (target[1] / source[1]) + target[0]
+        lab = before + np.clip((100 - before[..., :1]) / 20, 0, 1) * (after - before)
         y = (lab[..., 0] + 16) / 116
         f = np.stack([y + lab[..., 1] / 500, y, y - lab[..., 2] / 200], -1)
         xyz = np.where(f > 0.206893, f**3, (f - np.float32(16 / 116)) / np.float32(7.787))

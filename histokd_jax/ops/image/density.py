@@ -13,7 +13,7 @@ RUIFROK = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 HED_OF_DENSITY = np.linalg.inv(RUIFROK)
 
 
-def optical_density(rgb: jax.Array, background: float = 255.0, floor: float = 1.0) -> jax.Array:
+def optical_density(rgb: jax.Array, background: jax.Array | float = 255.0, floor: float = 1.0) -> jax.Array:
     """-ln(I / background); pixels darker than `floor` count as `floor`, so that black is finite.
 
     Args:
@@ -27,7 +27,7 @@ def optical_density(rgb: jax.Array, background: float = 255.0, floor: float = 1.
     return -jnp.log(jnp.maximum(rgb.astype(jnp.float32), floor) / background)
 
 
-def from_density(density: jax.Array, background: float = 255.0) -> jax.Array:
+def from_density(density: jax.Array, background: jax.Array | float = 255.0) -> jax.Array:
     """background * exp(-density): [...] float32, neither rounded nor clipped."""
     return background * jnp.exp(-density)
 

@@ -8,10 +8,17 @@ import jax.numpy as jnp
 from histokd_jax.ops.image.colour import mix
 from histokd_jax.ops.image.density import from_density, optical_density
 from histokd_jax.ops.image.quantiles import masked_quantiles
-from histokd_jax.ops.image.stains import StainParams, checked, inverse_stains, per_image, red_first, unit
+from histokd_jax.ops.image.stains import (
+    StainParams,
+    checked,
+    inverse_stains,
+    largest_amounts,
+    per_image,
+    red_first,
+    unit,
+)
 
 BACKGROUND = 240.0
-_MAXIMUM_LEVEL = 0.99
 
 
 def fit(
@@ -43,7 +50,7 @@ def fit(
     used = used if mask is None else used & mask
     stains = _extreme_directions(density, used, percentile / 100)
     maximum = largest_amounts(mix(density, inverse_stains(stains), axis=0), used)
-    return checked(stains, maximum, jnp.sum(used))
+    return checked(stains, maximum, background, jnp.sum(used))
 
 
 def transform(
@@ -51,7 +58,6 @@ def transform(
     source: StainParams,
     target: StainParams,
     *,
-    background: float = BACKGROUND,
     dtype: jnp.dtype | str = jnp.uint8,
 ) -> jax.Array:
     """Gives the images the stains of the target: one 3 x 3 matrix in density space.
@@ -60,7 +66,6 @@ def transform(
       images: [B, H, W, 3] uint8, or float32 on 0..255.
       source: stains of the images, one for all or with a leading axis B.
       target: stains of the reference.
-      background: as for `fit`.
       dtype: uint8 (rounded to nearest, halves to even, clipped) or float32 (neither).
 
     Returns:
@@ -71,8 +76,8 @@ def transform(
     """
 
     def one(planes, source, target):
-        density = optical_density(planes, background)
-        return from_density(mix(density, density_map(source, target), axis=0), background)
+        density = optical_density(planes, source.background)
+        return from_density(mix(density, density_map(source, target), axis=0), target.background)
 
     return per_image(one, images, source, target, dtype)
 
@@ -86,12 +91,7 @@ def density_map(source: StainParams, target: StainParams) -> jax.Array:
 def published_target() -> StainParams:
     """The reference stains and largest amounts of the method's first implementation."""
     stains = jnp.array([[0.5626, 0.7201, 0.4062], [0.2159, 0.8012, 0.5581]], jnp.float32)
-    return StainParams(unit(stains), jnp.array([1.9705, 1.0308], jnp.float32), jnp.array(True))
-
-
-def largest_amounts(amounts: jax.Array, used: jax.Array) -> jax.Array:
-    """[2]: 99th percentile of [2, N] amounts over the pixels [N] that are used."""
-    return jax.vmap(lambda row: masked_quantiles(row, used, (_MAXIMUM_LEVEL,))[0])(amounts)
+    return StainParams(unit(stains), jnp.array([1.9705, 1.0308], jnp.float32), jnp.float32(BACKGROUND), jnp.array(True))
 
 
 def _extreme_directions(density: jax.Array, used: jax.Array, level: float) -> jax.Array:

@@ -52,16 +52,24 @@ def fit(pixels: jax.Array, mask: jax.Array | None = None, *, lightness: float = 
 
 
 def transform(
-    images: jax.Array, source: ReinhardParams, target: ReinhardParams, *, dtype: jnp.dtype | str = jnp.uint8
+    images: jax.Array,
+    source: ReinhardParams,
+    target: ReinhardParams,
+    *,
+    lightness: float = 80.0,
+    dtype: jnp.dtype | str = jnp.uint8,
 ) -> jax.Array:
     """(lab - source mean) * target std / source std + target mean, clipped to the gamut.
 
-    A channel whose source spread is below 0.1 is shifted but not scaled.
+    A channel whose source spread is below 0.1 is shifted but not scaled. Pixels lighter than `lightness` are moved the
+    less, the lighter they are (linearly, not at all at L* = 100): the statistics are those of tissue and would tint
+    glass.
 
     Args:
       images: [B, H, W, 3] uint8, or float32 on 0..255.
       source: parameters of the images, one for all or with a leading axis B.
       target: parameters of the reference.
+      lightness: as for `fit`, below 100; 100 moves every pixel fully.
       dtype: uint8 (rounded to nearest, halves to even) or float32.
 
     Returns:
@@ -75,7 +83,9 @@ def transform(
         flat = source.std < _MIN_SPREAD
         scale = jnp.where(flat, 1.0, target.std / jnp.where(flat, 1.0, source.std))
         shift = target.mean - source.mean * scale
-        lab = rgb_to_lab(planes, axis=0) * scale[:, None, None] + shift[:, None, None]
-        return lab_to_rgb(lab, axis=0)
+        lab = rgb_to_lab(planes, axis=0)
+        share = jnp.clip((100 - lab[:1]) / max(100 - lightness, 1e-6), 0, 1)
+        moved = lab * (scale[:, None, None] - 1) + shift[:, None, None]
+        return lab_to_rgb(lab + share * moved, axis=0)
 
     return per_image(one, images, source, target, dtype)

@@ -172,7 +172,7 @@ def module_of(method: str) -> ModuleType:
 
 
 def _field(target: Mapping[str, Any], field: str, name: str) -> jax.Array:
-    shape = {"stains": (2, 3), "maximum": (2,), "mean": (3,), "std": (3,), "valid": ()}[field]
+    shape = {"stains": (2, 3), "maximum": (2,), "background": (), "mean": (3,), "std": (3,), "valid": ()}[field]
     dtype = bool if field == "valid" else np.float32
     try:
         value = np.asarray(target[field], dtype)

@@ -11,9 +11,11 @@ import numpy as np
 from histokd_jax.ops.image.colour import lightness
 from histokd_jax.ops.image.density import RUIFROK
 from histokd_jax.ops.image.pixels import check_images, to_uint8
+from histokd_jax.ops.image.quantiles import masked_quantiles
 
 MIN_PIXELS = 16
 MIN_ANGLE_DEGREES = 5.0
+LARGEST = 0.99
 _MIN_AMOUNT = 1e-3
 
 
@@ -23,12 +25,14 @@ class StainParams(NamedTuple):
     Attributes:
       stains: [2, 3] float32, unit vectors of optical density; haematoxylin (more red density) first.
       maximum: [2] float32, 99th percentile of the amount of each stain in the tissue.
+      background: [] float32, level of unstained glass to which densities refer.
       valid: [] bool; False where the pixels did not determine two stains. `stains` are then those of Ruifrok, `maximum`
         is 1, and images are returned unchanged.
     """
 
     stains: jax.Array
     maximum: jax.Array
+    background: jax.Array
     valid: jax.Array
 
 
@@ -48,12 +52,29 @@ def is_tissue(planes: jax.Array, below: float = 80.0) -> jax.Array:
     return lightness(planes, axis=0) < below
 
 
+def white_level(planes: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Level of unstained glass under the lamp of a slide: 99th percentile of every pixel's brightest channel.
+
+    Stains hardly absorb red, so that tissue without glass gives nearly the same level.
+
+    Args:
+      planes: [3, N] on 0..255.
+      mask: [N] bool, pixels to look at (None: all).
+
+    Returns:
+      [] float32 in [128, 255].
+    """
+    brightest = jnp.max(planes, axis=0).astype(jnp.float32)
+    mask = jnp.ones(brightest.shape, bool) if mask is None else mask
+    return jnp.clip(masked_quantiles(brightest, mask, (LARGEST,))[0], 128.0, 255.0)
+
+
 def red_first(stains: jax.Array) -> jax.Array:
     """[2, 3] with the stain of the larger red density, haematoxylin, first."""
     return jnp.where(stains[0, 0] >= stains[1, 0], stains, stains[::-1])
 
 
-def checked(stains: jax.Array, maximum: jax.Array, count: jax.Array) -> StainParams:
+def checked(stains: jax.Array, maximum: jax.Array, background: jax.Array | float, count: jax.Array) -> StainParams:
     """Parameters, or the fallback where they mean nothing.
 
     Valid are stains found from at least `MIN_PIXELS` pixels that enclose at least `MIN_ANGLE_DEGREES` and both occur: a
@@ -62,6 +83,7 @@ def checked(stains: jax.Array, maximum: jax.Array, count: jax.Array) -> StainPar
     Args:
       stains: [2, 3] unit vectors.
       maximum: [2].
+      background: [].
       count: [] number of pixels they were found from.
 
     Returns:
@@ -70,7 +92,13 @@ def checked(stains: jax.Array, maximum: jax.Array, count: jax.Array) -> StainPar
     sine_squared = 1 - jnp.sum(stains[0] * stains[1]) ** 2
     apart = sine_squared > np.sin(np.radians(MIN_ANGLE_DEGREES)) ** 2
     valid = (count >= MIN_PIXELS) & apart & (maximum > _MIN_AMOUNT).all() & jnp.isfinite(stains).all()
-    return StainParams(jnp.where(valid, stains, fallback_stains()), jnp.where(valid, maximum, 1.0), valid)
+    background = jnp.asarray(background, jnp.float32)
+    return StainParams(jnp.where(valid, stains, fallback_stains()), jnp.where(valid, maximum, 1.0), background, valid)
+
+
+def largest_amounts(amounts: jax.Array, used: jax.Array) -> jax.Array:
+    """[2]: 99th percentile of [2, N] amounts over the pixels [N] that are used."""
+    return jax.vmap(lambda row: masked_quantiles(row, used, (LARGEST,))[0])(amounts)
 
 
 def inverse_stains(stains: jax.Array) -> jax.Array:

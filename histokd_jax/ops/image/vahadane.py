@@ -5,7 +5,8 @@ Densities X [N, 3] of the tissue are factored as amounts C [N, 2] >= 0 times sta
     minimise  1/2 ||X - C S||^2 + sparsity * sum(C).
 
 Amounts are solved exactly (two variables), stains by one exact block step each, alternately, from Macenko's stains: the
-objective never rises and nothing is random.
+objective never rises and nothing is random. Densities refer to the white level found in the pixels: under a dim lamp
+glass would otherwise count as a grey stain.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from histokd_jax.ops.image.stains import (
     StainParams,
     checked,
     is_tissue,
+    largest_amounts,
     per_image,
     red_first,
     unit,
+    white_level,
 )
 
-BACKGROUND = 255.0
 TRANSFORM_SPARSITY = 0.01
 
 
@@ -34,7 +36,7 @@ def fit(
     pixels: jax.Array,
     mask: jax.Array | None = None,
     *,
-    background: float = BACKGROUND,
+    background: float | None = None,
     lightness: float = 80.0,
     sparsity: float = 0.1,
     rounds: int = 100,
@@ -44,8 +46,8 @@ def fit(
     Args:
       pixels: [N, 3] uint8 or float on 0..255, of one tile or sampled over a slide; `jax.vmap` fits many.
       mask: [N] bool, pixels to look at (None: all).
-      background: level of unstained glass.
-      lightness: tissue is darker than this L*.
+      background: level of unstained glass; None finds it with `stains.white_level`.
+      lightness: tissue is darker than this L*, after scaling glass to white.
       sparsity: weight of the amounts while stains are learnt.
       rounds: alternations.
 
@@ -54,14 +56,15 @@ def fit(
       `valid` is False.
     """
     planes = pixels.T
-    used = is_tissue(planes, lightness)
+    white = white_level(planes, mask) if background is None else background
+    used = is_tissue(planes.astype(jnp.float32) * (255 / white), lightness)
     used = used if mask is None else used & mask
-    density = jnp.maximum(optical_density(planes, background), 0) * used.astype(jnp.float32)[None, :]
-    start, found = initial_stains(pixels, used)
+    density = jnp.maximum(optical_density(planes, white), 0) * used.astype(jnp.float32)[None, :]
+    start, found = initial_stains(planes.T * (255 / white), used)
     stains = lax.fori_loop(0, rounds, lambda _, s: update_stains(density, s, sparsity), start)
     stains = red_first(stains)
-    maximum = macenko.largest_amounts(sparse_amounts(density, stains, TRANSFORM_SPARSITY), used)
-    return checked(stains, maximum, jnp.where(found, jnp.sum(used), 0))
+    maximum = largest_amounts(sparse_amounts(density, stains, TRANSFORM_SPARSITY), used)
+    return checked(stains, maximum, white, jnp.where(found, jnp.sum(used), 0))
 
 
 def transform(
@@ -69,7 +72,6 @@ def transform(
     source: StainParams,
     target: StainParams,
     *,
-    background: float = BACKGROUND,
     dtype: jnp.dtype | str = jnp.uint8,
 ) -> jax.Array:
     """Amounts of the source's stains, scaled to the target's largest amounts and shown in its stains.
@@ -78,7 +80,6 @@ def transform(
       images: [B, H, W, 3] uint8, or float32 on 0..255.
       source: stains of the images, one for all or with a leading axis B.
       target: stains of the reference.
-      background: as for `fit`.
       dtype: uint8 (rounded to nearest, halves to even) or float32.
 
     Returns:
@@ -89,9 +90,9 @@ def transform(
     """
 
     def one(planes, source, target):
-        amounts = sparse_amounts(optical_density(planes, background), source.stains, TRANSFORM_SPARSITY)
+        amounts = sparse_amounts(optical_density(planes, source.background), source.stains, TRANSFORM_SPARSITY)
         scaled = target.stains * (target.maximum / source.maximum)[:, None]
-        return from_density(mix(amounts, scaled, axis=0), background)
+        return from_density(mix(amounts, scaled, axis=0), target.background)
 
     return per_image(one, images, source, target, dtype)
 

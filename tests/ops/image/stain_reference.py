@@ -25,7 +25,7 @@ def macenko_fit(pixels, background=240.0, least=0.15, percentile=1.0):
 
 
 def macenko_transform(image, source, target, background=240.0):
-    """Float image; source and target are (stains, maximum)."""
+    """Float image; source and target are (stains, maximum, ...)."""
     od = density(image, background).reshape(-1, 3)
     amounts = np.linalg.lstsq(source[0].T, od.T, rcond=None)[0] * (target[1] / source[1])[:, None]
     return (background * np.exp(-(target[0].T @ amounts))).T.reshape(image.shape)
@@ -38,7 +38,10 @@ def reinhard_fit(pixels, lightness=80.0):
 
 
 def reinhard_transform(image, source, target):
-    lab = (color.rgb2lab(image) - source[0]) * (target[1] / source[1]) + target[0]
+    before = color.rgb2lab(image)
+    after = (before - source[0]) * (target[1] / source[1]) + target[0]
+    share = np.clip((100 - before[..., :1]) / 20, 0, 1)
+    lab = share * after + (1 - share) * before
     xyz = color.lab2xyz(lab)
     linear = np.clip(xyz @ np.linalg.inv(color.colorconv.xyz_from_rgb).T, 0, 1)
     return 255 * np.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear)
@@ -56,10 +59,15 @@ def objective(od, stains, sparsity):
     return 0.5 * ((od - amounts @ stains) ** 2).sum() + sparsity * amounts.sum()
 
 
-def vahadane_transform(image, source, target, background=255.0, sparsity=0.01):
-    od = density(image, background).reshape(-1, 3)
+def white_level(pixels):
+    return np.clip(np.percentile(np.asarray(pixels).reshape(-1, 3).max(1), 99), 128, 255)
+
+
+def vahadane_transform(image, source, target, sparsity=0.01):
+    """Source and target are (stains, maximum, background)."""
+    od = density(image, source[2]).reshape(-1, 3)
     amounts = sparse_amounts(od, source[0], sparsity) * (target[1] / source[1])
-    return (background * np.exp(-(amounts @ target[0]))).reshape(image.shape)
+    return (target[2] * np.exp(-(amounts @ target[0]))).reshape(image.shape)
 
 
 def angle(first, second):

@@ -24,7 +24,9 @@ def test_a_normaliser_runs_inside_jit_with_a_slide_or_tile_by_tile(method):
     found = jax.jit(lambda x: normaliser(x, source))(TILES)
     assert found.dtype == jnp.uint8 and found.shape == TILES.shape
     expected = jax.jit(stain.module_of(method).transform)(TILES, source, normaliser.target)
-    np.testing.assert_array_equal(found, expected)
+    # Parameters known to the compiler or not: products are grouped otherwise, so that a tie may round the other way.
+    gap = np.abs(np.asarray(found, int) - np.asarray(expected, int))
+    assert gap.max() <= 1 and (gap > 0).mean() < 0.005
     single = jax.jit(lambda x: normaliser(x, dtype=jnp.float32))(TILES)
     assert single.dtype == jnp.float32 and not np.allclose(single, found, atol=1.0)
 
@@ -84,7 +86,10 @@ def record():
     [
         (lambda r: r.update(format="x"), "s.json: expected a stain normalisation of format 'histokd-stain/1'"),
         (lambda r: r.update(method="khan"), "s.json: method is 'khan'; expected one of macenko"),
-        (lambda r: r["target"].pop("maximum"), "s.json: target of macenko must have the fields stains, maximum, valid"),
+        (
+            lambda r: r["target"].pop("maximum"),
+            "s.json: target of macenko must have the fields stains, maximum, background, valid",
+        ),
         (lambda r: r["target"].update(maximum=[1.0]), r"s.json: target.maximum is \[1.0\]; expected .*shape \(2,\)"),
         (lambda r: r["target"].update(stains="a"), "s.json: target.stains is 'a'"),
         (lambda r: r["target"].update(maximum=[1.0, float("nan")]), "s.json: target.maximum is"),
