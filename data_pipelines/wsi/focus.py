@@ -6,9 +6,9 @@ import numpy as np
 
 BLUR_MPP = 1.0
 """Micrometres per pixel at which sharpness is judged: nuclei show, and little has to be read."""
-_NOISE = 1.0
+_NOISE = 5.0
 _MIN_TILES = 8
-_FLOOR = 0.15
+_FLOOR = 0.4
 
 
 def sharpness(tile: np.ndarray) -> float:
@@ -39,7 +39,7 @@ def blurred(values: np.ndarray, share: float) -> np.ndarray:
       share: of the slide's typical sharpness (its upper quartile) below which a tile is blurred; 0: none is.
 
     Returns:
-      bool [n]. Below the absolute floor of 0.15 a tile is blurred even where all are.
+      bool [n]. Below the absolute floor of 0.4 a tile is blurred even where all are.
     """
     if share == 0 or not len(values):
         return np.zeros(len(values), bool)

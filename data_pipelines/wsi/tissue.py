@@ -274,7 +274,7 @@ def _ink(od: np.ndarray, mpp: float) -> np.ndarray:
     red, green, blue = np.moveaxis(od, -1, 0)
     total = red + green + blue
     excess = red - green
-    dense = (excess > 0.02 * total) & (total > 1.6)
+    dense = (excess > -0.03 * total) & (total > 1.7)  # blue ink over tissue, which absorbs green
     cold = (excess > 0.07 * total) & (total > 0.6)
     cold = _without_small(cold | dense, _MIN_INK_UM2 / mpp**2)
     warm = (green > 0.7) & (blue > 0.65 * green) & (red < 0.14 * green)

@@ -12,6 +12,7 @@ WORDS = {
     "demo": ("simulated cohort", "--workdir", "--smoke", "default: runs/demo"),
     "simulate": ("--out", "--set", "FIELD=VALUE", "--labels", "real genes and labels, simulated bags"),
     "tile": ("OpenSlide", "--target-mpp", "--mpp", "in TRIDENT's layout", "quarantine.csv", "for QuPath", "Exit code"),
+    "embed": ("--coords", "--random-weights", "nothing is downloaded", "--stain", "quarantine.csv", "Exit code"),
     "import": ("CLAM, TRIDENT, STAMP", "--case-regex", "--format", "quarantine.csv", "--level0-mpp", "Exit code"),
     "tables": ("MCAT, PORPOISE", "--study", "--endpoint", "--outliers", "availability.csv", "never a row of zeros"),
     "validate": ("--tables", "--splits", "--json", "--accept", "a training would be wrong"),

@@ -114,7 +114,7 @@ def test_sharpness_is_the_ratio_of_two_energies():
     light = image.astype(np.float64) @ [0.299, 0.587, 0.114]
     laplacian = ndimage.laplace(light)[1:-1, 1:-1]
     gradient = sum(part[1:-1, 1:-1] ** 2 for part in np.gradient(light))
-    assert focus.sharpness(image) == pytest.approx((laplacian**2).mean() / (gradient.mean() + 1), rel=1e-3)
+    assert focus.sharpness(image) == pytest.approx((laplacian**2).mean() / (gradient.mean() + 5), rel=1e-3)
     assert focus.sharpness(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)) == pytest.approx(
         20, rel=0.1
     )
@@ -122,7 +122,9 @@ def test_sharpness_is_the_ratio_of_two_energies():
 
 def test_sharpness_falls_with_defocus_and_not_with_contrast():
     values = [focus.sharpness(tile(blur)) for blur in (0, 2, 4, 8)]
-    assert all(a > b for a, b in zip(values, values[1:])) and values[0] > 4 * values[2]
+    assert values[0] > 3 * values[1] and values[1] < 1 and max(values[2:]) < 0.4, (
+        "also for a tile without any structure"
+    )
     assert focus.sharpness(tile(contrast=0.4)) == pytest.approx(values[0], rel=0.1)
     half = tile()
     half[:, 128:] = slides.glass(256, 128)
@@ -130,8 +132,8 @@ def test_sharpness_falls_with_defocus_and_not_with_contrast():
 
 
 def test_blurred_tiles_are_those_far_below_the_slides_own():
-    values = np.array([1.0] * 10 + [0.9, 0.2, 0.1, 0.01])
+    values = np.array([5.0] * 10 + [4.5, 1.0, 0.5, 0.05])
     assert np.flatnonzero(focus.blurred(values, 0.15)).tolist() == [12, 13]
     assert not focus.blurred(values, 0).any() and focus.blurred(np.zeros(0), 0.15).shape == (0,)
     assert focus.blurred(np.full(20, 0.001), 0.15).all(), "a slide without any sharp tile"
-    assert focus.blurred(np.array([1.0, 0.16]), 0.2).tolist() == [False, False], "too few to know what is typical"
+    assert focus.blurred(np.array([5.0, 0.8]), 0.2).tolist() == [False, False], "too few to know what is typical"

@@ -15,15 +15,19 @@ def picture(height, width, seed=0, dtype=np.uint8):
     return np.clip(np.round(values), 0, 255).astype(dtype)
 
 
-def tissue(height, width, seed=0, white=0.2, noise=0.02):
-    """A simulated H&E tile (uint8): two stains with varying amounts, glass in a corner."""
+STAINS = np.array([[0.60, 0.72, 0.35], [0.12, 0.95, 0.28]])
+
+
+def tissue(height, width, seed=0, white=0.2, noise=0.02, stains=STAINS, strength=(1.0, 1.0), pure=0.0):
+    """A simulated H&E tile (uint8): two stains with varying amounts, glass on top, some pixels with one stain only."""
     rng = np.random.default_rng(seed)
-    stains = np.array([[0.60, 0.72, 0.35], [0.12, 0.95, 0.28]])
-    stains /= np.linalg.norm(stains, axis=1, keepdims=True)
+    stains = stains / np.linalg.norm(stains, axis=1, keepdims=True)
     amounts = rng.gamma(2.0, 0.35, (height, width, 2)) + 0.05
-    amounts[..., 0] *= rng.random((height, width)) < 0.6
+    kind = rng.random((height, width))
+    amounts[..., 0] *= kind < 0.6
+    amounts[..., 1] *= kind >= pure
     amounts[: int(height * white)] = 0
-    density = amounts @ stains + rng.normal(0, noise, (height, width, 3))
+    density = (amounts * strength) @ stains + rng.normal(0, noise, (height, width, 3))
     return np.clip(np.round(245 * np.exp(-density)), 0, 255).astype(np.uint8)
 
 
