@@ -13,7 +13,7 @@ from data_pipelines.pairs.simulate import PairSpec, simulate_pairs
 from histokd_jax import inference
 from histokd_jax.cli.main import main
 from histokd_jax.evals.predictions import read_predictions
-from histokd_jax.train import data_kinds, model_dir, pair_experiment, run, sharding, signals
+from histokd_jax.train import data_kinds, model_dir, pair_experiment, run, sharding, signals, sweep
 from histokd_jax.train.checkpoint import CheckpointMismatchError
 from histokd_jax.train.loop import DivergedError
 from histokd_jax.train.signals import Interrupted
@@ -247,6 +247,22 @@ def test_images_of_another_size_and_missing_partners_are_refused(trained, tmp_pa
         inference.predict([folder], tmp_path / "small", "both")
     with pytest.raises(ValueError, match="mode 'both' reads the partner"):
         inference.predict([folder], tmp_path / "fitting", "both")
+
+
+def test_a_sweep_trains_settings_and_seeds_one_by_one(pairs_dir, tmp_path):
+    changes = {"train__max_epochs": 1, "split__val_fraction": 0.0}
+    widths = {"wide": "8,8", "narrow": "8,4"}
+    settings_of = {name: tiny_config(pairs_dir, model__widths=found, **changes) for name, found in widths.items()}
+    plan = sweep.prepare(settings_of, "wide", (0, 1))
+    found = sweep.train(plan, tmp_path / "sweep")
+    assert found["failed"] == {} and "simulated images" in found["marks"]
+    rows = {(row["setting"], row["metric"]) for row in found["rows"]}
+    assert {("wide", "weighted_f1"), ("narrow", "accuracy")} <= rows
+    table = (tmp_path / "sweep/narrow/seed_1/predictions_test.csv").read_bytes()
+    assert sweep.train(plan, tmp_path / "sweep")["rows"] == found["rows"]
+    assert (tmp_path / "sweep/narrow/seed_1/predictions_test.csv").read_bytes() == table
+    run.train(tiny_config(pairs_dir, model__widths="8,4", seed=1, **changes), tmp_path / "alone")
+    assert (tmp_path / "alone/predictions_test.csv").read_bytes() == table
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(pairs_dir, tmp_path):
