@@ -21,8 +21,8 @@ def test_smoke_measures_every_side_and_task(tmp_path):
     record = bench_paired.run(bench_paired.SMOKE, arguments("--out", str(tmp_path / "x.json")))
     common.check_record(json.loads((tmp_path / "x.json").read_text()))
     names = set(record["metrics"])
-    assert {"student[train, 16 px, batch 2]", "teacher[inference, 16 px, batch 1]"} <= names
-    assert not any("train, 16 px, batch 1" in name for name in names)
+    sides = [side for side in bench_paired.SMOKE["sides"] if side not in record["derived"].get("not_measured", {})]
+    assert names == {f"{side}[{task}, 16 px, batch 2]" for side in sides for task in bench_paired.TASKS}
     assert all(found["median"] > 0 for found in record["metrics"].values())
 
 
@@ -32,6 +32,10 @@ def test_memory_of_a_step_is_reported_and_one_is_executed(tmp_path):
     record = bench_paired.run(config, arguments("--memory", "--execute", "--out", str(tmp_path / "x.json")))
     facts = record["derived"]["first stage, 16 px, batch 2"]
     assert facts["executed"] and facts["temporaries_gib"] > 0
+
+
+def test_one_image_cannot_be_trained_on():
+    assert bench_paired.measure_cell(bench_paired.SMOKE, bench_paired.TRAIN, 16, 1) == ({}, {})
 
 
 def test_the_student_is_compared_with_the_better_peer():

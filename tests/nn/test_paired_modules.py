@@ -130,7 +130,7 @@ def test_M3_only_identity_filters_make_it_permutation_equivariant():
     run, variables = plane_variables(q, k, v)
     assert permuted_difference(run, variables, q, k, v) > 1e-2
     params = dict(variables["params"])
-    params["mix"] = jnp.zeros_like(params["mix"]).at[1, 1].set(jnp.eye(4))
+    params["mix"] = jnp.zeros_like(params["mix"]).at[1, 1].set(jnp.eye(4, dtype=params["mix"].dtype))
     params["collapse"] = jnp.zeros_like(params["collapse"]).at[1, 1].set(0.25)
     assert permuted_difference(run, {**variables, "params": params}, q, k, v) < 1e-12
 
@@ -237,6 +237,7 @@ def test_initial_kernels_have_the_stated_spread_and_everything_else_is_one_or_ze
         name = path[-1].key
         if name in ("kernel", "mix", "collapse"):
             std = 0.01 if "head" in [p.key for p in path] else 0.02
-            assert leaf.std() < 3 * std and np.unique(np.asarray(leaf)).size == leaf.size
+            # Not a slice that another kernel has as well, and not one number repeated.
+            assert leaf.std() < 3 * std and np.unique(np.asarray(leaf)).size > 0.99 * leaf.size
         else:
             assert (leaf == (1.0 if name in ("scale", "var") else 0.0)).all(), path
