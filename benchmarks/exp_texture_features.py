@@ -3,7 +3,7 @@
     python -m benchmarks.exp_texture_features --data FOLDER [--only histogram_lower/kd ...] [--budget SECONDS]
 
 3,336 patches, 8 classes, 5 folds over contiguous blocks of rows within each class, 5 seeds; the student reads one of
-six families (first the weakest, 5 numbers), the teacher all of them. Every loss of the catalogue that applies to
+six families (first the smallest, 5 numbers), the teacher all of them. Every loss of the catalogue that applies to
 vectors, at its customary weight, against the student alone: same initialisation, same batches, last epoch. Every
 (family, term) is a file in --workdir, so an interrupted run continues; the JSON holds what is complete.
 """
@@ -100,7 +100,7 @@ def chosen(args: Any, family: str, name: str) -> bool:
 
 
 def run(args: Any, study: texture.Study, wanted: Mapping[str, texture.Setting], began: float) -> None:
-    """Trains the parts that are not there, the weakest family first; one compiled program per term."""
+    """Trains the parts that are not there, the smallest family first; one compiled program per term."""
     shared: dict[str, Any] = {}
     programs: dict[str, Any] = {}
     for family in texture.FAMILIES:

@@ -23,7 +23,6 @@ from histokd_jax.methods import terms as compositions
 
 FILE = pathlib.Path("texture_features") / "kather_texture_2016_features.npz"
 FAMILIES = ("histogram_lower", "histogram_higher", "perceptual", "gabor_rot_inv", "glcm_rot_inv", "f_lbp")
-WEAKEST = FAMILIES[0]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
