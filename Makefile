@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 TIMM ?= timm==1.0.31 torchvision
 JOBS ?= 2
 
-.PHONY: demo test test-torch test-beam lint bench-smoke install install-test clean
+.PHONY: demo test test-torch test-long test-beam lint bench-smoke install install-test clean
 
 demo: install
 	$(BIN)/histokd demo --workdir runs/demo
@@ -36,7 +36,7 @@ $(VENV)/.installed-torch: $(VENV)/.installed-test
 	touch $@
 
 test: install-test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not torch and not bench and not slow'
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not torch and not bench and not slow and not long'
 
 test-torch: $(VENV)/.installed-torch
 	$(BIN)/python -m pytest -m torch
@@ -58,7 +58,11 @@ lint: install-test
 	$(BIN)/ruff format --check --line-length 120 .
 
 bench-smoke: install-test
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m '(bench or slow) and not torch'
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m '(bench or slow) and not torch and not long'
+
+# Minutes of compilation each; not part of continuous integration.
+test-long: install-test
+	$(BIN)/python -m pytest -m 'long and not torch'
 
 clean:
 	rm -rf .venv .venv-* .jax_cache build *.egg-info

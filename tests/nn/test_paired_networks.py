@@ -107,7 +107,7 @@ def run(model, spec, variables, tiles, train=False):
     "model,train",
     [
         *(("teacher", True), ("student", False)),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("teacher", False), ("student", True))),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in (("teacher", False), ("student", True))),
     ],
 )
 def test_networks_equal_an_independent_implementation(model, train):
@@ -130,7 +130,7 @@ def test_networks_equal_an_independent_implementation(model, train):
                 np.testing.assert_allclose(moved[key], value, rtol=1e-6, atol=1e-9, err_msg=key)
 
 
-@pytest.mark.parametrize("model", ["teacher", pytest.param("student", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", ["teacher", pytest.param("student", marks=pytest.mark.long)])
 def test_S5_every_parameter_receives_a_gradient(model):
     tiles = [setup.last(setup.tile(s, 4)).astype(jnp.float32) for s in (21, 22)[: 2 if model == "teacher" else 1]]
     variables = setup.variables(setup.tiny_state(model), model, dtype=jnp.float32)
@@ -161,7 +161,7 @@ def _cancelled(names):
     return "patch" in names[-2:] or "hidden" in names or ("refine" in names and not names[-2].endswith("norm"))
 
 
-@pytest.mark.parametrize("model", [pytest.param("teacher", marks=pytest.mark.slow), "student"])
+@pytest.mark.parametrize("model", [pytest.param("teacher", marks=pytest.mark.long), "student"])
 def test_M9_inference_does_not_depend_on_the_rest_of_the_batch(model):
     with jax.enable_x64(True):
         tiles = [setup.last(setup.tile(s, 3)) for s in (21, 22)[: 2 if model == "teacher" else 1]]
@@ -172,7 +172,7 @@ def test_M9_inference_does_not_depend_on_the_rest_of_the_batch(model):
             np.testing.assert_allclose(value[0], together[name][1], rtol=1e-10, atol=1e-13, err_msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_planes_in_blocks_change_nothing_in_training():
     with jax.enable_x64(True):
         tiles = [setup.last(setup.tile(21, 3))]

@@ -50,7 +50,7 @@ def test_absent_held_networks_are_named(tmp_path):
         held.read(tmp_path, ("teacher",), {"teacher": {}}, {"teacher": {}})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_resumed_in_its_second_stage_equals_one_that_was_not_interrupted(tmp_path, monkeypatch):
     simulate_pairs(tmp_path / "pairs", PairSpec(n_train=16, n_test=8, size=32, per_group=1))
     values = {**SETTINGS, "data.dir": str(tmp_path / "pairs")}

@@ -16,7 +16,7 @@ from histokd_jax.train.checkpoint import CheckpointMismatchError
 from histokd_jax.utils import config
 
 # Minutes of compilation when the cache is cold: the fast tests of the same loop are in test_pair_run.py.
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 SPEC = PairSpec(n_train=16, n_test=8, size=64, per_group=1)
 SETTINGS = {"train.max_epochs": "1", "report.bootstrap": "20", "compare.control": "False", "train.b": "8"}
 

@@ -42,7 +42,7 @@ def compiled_step(**changes):
     return jax.jit(step, donate_argnums=0).lower(state, batch, seed).compile(setup.QUICK)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_step_of_16_pairs_of_1024_pixels_needs_at_most_12_gib_of_temporaries():
     memory = compiled_step().memory_analysis()
     temporaries = memory.temp_size_in_bytes / 2**30

@@ -89,7 +89,7 @@ def test_a_frozen_teacher_as_an_argument_equals_one_among_the_parameters():
 
 
 @pytest.mark.parametrize(
-    "mode", ["paired", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("independent", "none"))]
+    "mode", ["paired", *(pytest.param(mode, marks=pytest.mark.long) for mode in ("independent", "none"))]
 )
 def test_a_student_of_cached_outputs_equals_one_beside_its_teacher(mode):
     cfg = setup.config(data__flip_mode=mode)
@@ -208,7 +208,7 @@ def test_M8_inference_of_the_student_never_reads_ihc():
         run.predict(params, {}, extra, data, "pathology")
 
 
-@pytest.mark.parametrize("mode", [HE, pytest.param(HE_IHC, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", [HE, pytest.param(HE_IHC, marks=pytest.mark.long)])
 def test_attention_is_a_distribution_over_the_finest_grid(mode):
     run, params, extra = start()
     found = setup.predict(run, params, extra, setup.batch(), mode, "attention")
@@ -229,7 +229,7 @@ def test_augmentation_is_seeded_and_inference_has_none():
     np.testing.assert_allclose(quiet["student_logits"], shown["logits"], atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_constant_loss_scaling_of_half_precision_changes_no_gradient_but_by_rounding():
     run, params, extra = start()
     (_, _), exact = setup.gradients(run, "student", params, extra, setup.batch(), KEY)
@@ -240,7 +240,7 @@ def test_constant_loss_scaling_of_half_precision_changes_no_gradient_but_by_roun
     assert 0.8 < ratio < 1.25
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_preset_of_augmentations_stands_in_the_place_of_the_flips():
     run = setup.method(data__augment="stain_jitter")
     _, params, extra = start()
@@ -285,7 +285,7 @@ def _noisy_pairs(side):
     return stain(0.3).astype(np.float32), stain(0.6).astype(np.float32), grade.astype(np.int32)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("stage", ["teacher", "student"])
 def test_T4_either_stage_overfits_synthetic_pairs(stage, monkeypatch):
     """On tiny networks and images; rate 1e-2, because they see less of each texture."""
