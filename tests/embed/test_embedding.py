@@ -128,6 +128,8 @@ def test_killed_embedding_resumes_to_the_same_bytes(folder, whole, tmp_path, ste
     with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
         for _ in range(steps):
             assert process.stdout.readline()
+        while not list((out / planned_writer.WORK_FOLDER).rglob("*.npy")):  # the first slide may still be on its way
+            assert process.stdout.readline()
         os.kill(process.pid, signal.SIGKILL)
     assert not (out / "manifest.json").exists()
     assert (out / planned_writer.WORK_FOLDER).is_dir()

@@ -47,7 +47,9 @@ def test_multiclass_metrics_match_sklearn(seed):
         "accuracy": sk.accuracy_score(y, pred),
         "balanced_accuracy": sk.balanced_accuracy_score(y, pred),
         "macro_f1": sk.f1_score(y, pred, average="macro"),
+        "weighted_f1": sk.f1_score(y, pred, average="weighted"),
         "cohen_kappa": sk.cohen_kappa_score(y, pred),
+        "quadratic_kappa": sk.cohen_kappa_score(y, pred, weights="quadratic"),
         "brier": np.mean(((probs - np.eye(4)[y]) ** 2).sum(axis=1)),
     }
     got = c.classification_metrics(y, probs)

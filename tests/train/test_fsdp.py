@@ -53,6 +53,8 @@ def both(tiny_config):
 def assert_close(a, b, atol):
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
         name = jax.tree_util.keystr(path)
+        if name.endswith("['attention']['score']['bias']"):
+            continue  # A softmax ignores it: its gradient is rounding, which Adam makes a step of full length.
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=atol, err_msg=name)
 
 
