@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from data_pipelines import tables
 from data_pipelines.errors import DataError
 from data_pipelines.genes import GeneTable
-from data_pipelines.ids import near_matches
+from data_pipelines.ids import bare_slide_id, near_matches
 from data_pipelines.samples import SEPARATOR, SampleReader
 from data_pipelines.tables import FollowUpColumns, LabelTable, Survival, SurvivalTable
 
@@ -275,22 +274,17 @@ def _all_slides(
 ) -> dict[str, tuple[int, ...]]:
     """case -> manifest rows of its slides, sorted by slide id; mismatches with the listed ones go to `dropped`."""
     chosen: dict[str, list[int]] = collections.defaultdict(list)
-    wanted = {case: {slide_stem(name) for name in names} for case, names in listed.items()}
+    wanted = {case: {bare_slide_id(name) for name in names} for case, names in listed.items()}
     for row, slide in enumerate(slides):
-        if slide_stem(slide.slide_id) in wanted.get(slide.case_id, (slide_stem(slide.slide_id),)):
+        if bare_slide_id(slide.slide_id) in wanted.get(slide.case_id, (bare_slide_id(slide.slide_id),)):
             chosen[slide.case_id].append(row)
         else:
             dropped.append(Drop(slide.case_id, UNLISTED_SLIDE, slide.slide_id))
     for case, rows in chosen.items():
-        found = {slide_stem(slides[row].slide_id) for row in rows}
-        absent = [name for name in listed.get(case, ()) if slide_stem(name) not in found]
+        found = {bare_slide_id(slides[row].slide_id) for row in rows}
+        absent = [name for name in listed.get(case, ()) if bare_slide_id(name) not in found]
         dropped += [Drop(case, SLIDE_WITHOUT_FEATURES, name) for name in absent]
     return {case: tuple(sorted(rows, key=lambda row: slides[row].slide_id)) for case, rows in chosen.items()}
-
-
-def slide_stem(name: str) -> str:
-    """A slide id without the extension of its file."""
-    return re.sub(r"\.(svs|ndpi|mrxs|tiff?|h5|pt)$", "", name)
 
 
 def _followed_up(

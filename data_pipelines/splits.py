@@ -15,8 +15,9 @@ import numpy as np
 import pandas as pd
 
 from data_pipelines import atomic, text_table
-from data_pipelines.cohort import Cohort, slide_stem
+from data_pipelines.cohort import Cohort
 from data_pipelines.errors import DataError
+from data_pipelines.ids import bare_slide_id
 from data_pipelines.samples import SEPARATOR
 
 _LOG = logging.getLogger(__name__)
@@ -422,7 +423,7 @@ def _lookup(cohort: Cohort) -> dict[str, list[int]]:
     rows_of: dict[str, list[int]] = {}
     for row, (case, joined) in enumerate(zip(cohort.case_id, cohort.slide_id)):
         slides = joined.split(SEPARATOR) if cohort.slides else [joined]
-        for item in {case, *slides, *map(slide_stem, slides)}:
+        for item in {case, *slides, *map(bare_slide_id, slides)}:
             rows_of.setdefault(item, []).append(row)
     return rows_of
 

@@ -21,6 +21,8 @@ import os
 import pathlib
 import shlex
 
+from histokd_jax.cli.import_features import print_rejected
+
 HELP = "embed tiles of slides with a patch encoder, straight into a data set"
 EXIT_QUARANTINE = 3
 
@@ -108,7 +110,7 @@ def _plan_and_run(args: argparse.Namespace) -> int:
     plan = _plan(args, loaded, stain)
     _print_plan(plan)
     if args.dry_run:
-        _print_rejected(plan.rejected)
+        print_rejected(plan.rejected, "slides")
         return EXIT_QUARANTINE if plan.rejected else 0
     outcome = _embed(args, loaded, plan, stain)
     _print_outcome(outcome, args.out)
@@ -232,19 +234,6 @@ def _print_plan(plan) -> None:
         print(f"  {note}")
 
 
-def _print_rejected(rejected) -> None:
-    import collections
-
-    if not rejected:
-        return
-    counts = collections.Counter(item.reason for item in rejected)
-    print(f"quarantine: {len(rejected)} slides: {', '.join(f'{n} {reason}' for reason, n in sorted(counts.items()))}")
-    for item in rejected[:10]:
-        print(f"  {item.file}: {item.reason}: {item.detail}")
-    if len(rejected) > 10:
-        print("  ...; all are in quarantine.csv")
-
-
 def _print_outcome(outcome, out: pathlib.Path) -> None:
     manifest = outcome.manifest
     cases = len({slide.case_id for slide in manifest.slides})
@@ -254,4 +243,4 @@ def _print_outcome(outcome, out: pathlib.Path) -> None:
         f"{out}: {state}: {len(manifest.slides)} slides of {cases} cases, {int(manifest.sizes.sum())} patches of width "
         f"{manifest.feat_dim} in {manifest.dtype}{kept}"
     )
-    _print_rejected(outcome.rejected)
+    print_rejected(outcome.rejected, "slides")

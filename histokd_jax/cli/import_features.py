@@ -139,14 +139,14 @@ def _print_plan(plan) -> None:
         print(f"  {note}")
 
 
-def print_rejected(rejected) -> None:
-    """What is in quarantine: counts by reason, and the first files."""
+def print_rejected(rejected, noun: str = "files") -> None:
+    """What is in quarantine: counts by reason, and the first of them; `noun` says what they are."""
     import collections
 
     if not rejected:
         return
     counts = collections.Counter(item.reason for item in rejected)
-    print(f"quarantine: {len(rejected)} files: {', '.join(f'{n} {reason}' for reason, n in sorted(counts.items()))}")
+    print(f"quarantine: {len(rejected)} {noun}: {', '.join(f'{n} {reason}' for reason, n in sorted(counts.items()))}")
     for item in rejected[:10]:
         print(f"  {item.file}: {item.reason}: {item.detail}")
     if len(rejected) > 10:

@@ -6,6 +6,7 @@ checked for given numbers. Steps are immutable and hashable: a pipeline is a tup
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ WIDTH = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Step:
+class Step(abc.ABC):
     """One step of a pipeline.
 
     Attributes:
@@ -61,9 +62,9 @@ class Step:
         """
         return {}
 
+    @abc.abstractmethod
     def apply(self, image: jax.Array, **drawn: jax.Array) -> jax.Array:
         """The changed image."""
-        raise NotImplementedError
 
     def run(self, unit: jax.Array, key: jax.Array, image: jax.Array) -> jax.Array:
         """`__call__` with `units(key)` given, so that a pipeline draws those of all steps at once."""
