@@ -7,7 +7,7 @@ memory, one set of shards per process. MB are those of the source. Target: impor
 chunks of one row: 10 x.
 Files are in the page cache, so this measures the software, not the disk.
 
-    python -m benchmarks.bench_import [--smoke] [--out FILE]
+    python -m benchmarks.bench_import [--smoke] [--out FILE] [--slides 24] [--repeats 3]
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from benchmarks import common
 IMPORT_TARGET, REREAD_TARGET = 0.7, 10.0
 SEED = 0
 FULL = {
-    "feat_dim": 1536, "slides": 64, "median_patches": 6000, "sigma": 0.5, "layouts": ["trident", "clam"],
-    "processes": [1, 2], "repeats": 5, "shard_mib": 128,
+    "feat_dim": 1536, "slides": 24, "median_patches": 6000, "sigma": 0.5, "layouts": ["trident", "clam"],
+    "processes": [1, 2], "repeats": 3, "shard_mib": 128,
 }  # fmt: skip
 SMOKE = {
     "feat_dim": 32, "slides": 6, "median_patches": 60, "sigma": 0.5, "layouts": ["trident", "clam"],
@@ -231,8 +231,12 @@ def main() -> None:
     """Command line."""
     flags.FLAGS.mark_as_parsed()
     logging.set_verbosity(logging.WARNING)
-    args = common.parser("bench_import", __doc__.splitlines()[0]).parse_args()
-    run(SMOKE if args.smoke else FULL, args.out, args.smoke)
+    parser = common.parser("bench_import", __doc__.splitlines()[0])
+    parser.add_argument("--slides", type=int, help="number of files per layout")
+    parser.add_argument("--repeats", type=int, help="rounds")
+    args = parser.parse_args()
+    chosen = {name: value for name in ("slides", "repeats") if (value := getattr(args, name)) is not None}
+    run((SMOKE if args.smoke else FULL) | chosen, args.out, args.smoke)
 
 
 if __name__ == "__main__":
