@@ -3,9 +3,9 @@
 `import` converts a folder as users do (headers inspected, shards planned, checksums, one process or several); `source`
 reads every array of the same files with h5py, with as many processes, and drops it; `write` writes the same bags from
 memory, one set of shards per process. MB are those of the source. Target: import >= 0.7 of the slower of the two.
-`reread` reads all bags of the converted data and `source` all files with h5py, one thread each, both into one buffer that
-is used again. `reread_first` is the first pass of a new reader, which also checks the CRC-32 of every record; later passes
-(every further epoch of a training) do not. Target of the latter for TRIDENT's chunks of one row: 10 x.
+`reread` reads all bags of the converted data and `source` all files with h5py, one thread each, both into one buffer
+that is used again. `reread_first` is the first pass of a new reader, which also checks the CRC-32 of every record;
+later passes (every further epoch of a training) do not. Target of the latter for TRIDENT's chunks of one row: 10 x.
 Files are in the page cache, so this measures the software, not the disk.
 
     python -m benchmarks.bench_import [--smoke] [--out FILE] [--slides 24] [--repeats 3]
@@ -170,7 +170,6 @@ def reread_rates(plan: Any, dataset: pathlib.Path) -> dict[str, Callable[[], flo
     from data_pipelines.reader import BagReader
 
     n = sum(slide.facts.n_patches for slide in plan.slides)
-
     size = max(slide.facts.n_patches for slide in plan.slides)
     buffer, places = np.empty((size, plan.facts["feat_dim"]), np.float16), np.empty((size, 2), np.int32)
     wide = np.empty((size, plan.facts["feat_dim"]), np.float32)
