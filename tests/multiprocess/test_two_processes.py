@@ -16,10 +16,10 @@ from histokd_jax.train.checkpoint import CheckpointMismatchError
 
 pytestmark = pytest.mark.multiprocess
 
-# The worker of one process dies at the end of its second epoch, between two checkpoints.
+# The worker of the process $DIES dies at the end of its second epoch, between two checkpoints.
 DYING = """
 import os, signal
-if "HISTOKD_WATCHDOG_CHANNEL" in os.environ and os.environ["HISTOKD_PROCESS_ID"] == "1":
+if "HISTOKD_WATCHDOG_CHANNEL" in os.environ and os.environ["HISTOKD_PROCESS_ID"] == os.environ["DIES"]:
     from histokd_jax.train import loop
     end_epoch = loop._StageRunner._end_epoch
     def dying(self, state, progress, *rest):
@@ -41,15 +41,20 @@ def uninterrupted(cohort_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def crippled(cohort_dir, tmp_path_factory):
-    """A run whose process 1 was killed after the first checkpoint: its folder, exit codes, messages and duration."""
-    folder = tmp_path_factory.mktemp("crippled")
+    """A run whose process 1 was killed after the first checkpoint, as `lose` tells of it; read only."""
+    return lose(1, cohort_dir, tmp_path_factory.mktemp("crippled"))
+
+
+def lose(process, cohort_dir, folder):
+    """A run that loses a process: its directory, exit codes, messages, and seconds from the loss to the end."""
     (folder / "sitecustomize.py").write_text(DYING)
     path = folder / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(folder))
+        patch.setenv("DIES", str(process))
         with group.Group(group.train(tiny.train_arguments(cohort_dir, path))) as processes:
             processes.until(lambda: (path / "fold_0" / "checkpoints").is_dir())
-            dead = processes.worker(1)
+            dead = processes.worker(process)
             processes.until(lambda: not group.alive(dead), ended_is_fine=True)
             began = time.monotonic()
             codes = processes.wait(60)
@@ -103,6 +108,22 @@ def test_survivor_ends_within_a_minute_and_names_the_lost_process(crippled):
 
 def test_restart_at_the_same_process_count_is_bit_equal(uninterrupted, crippled, cohort_dir, tmp_path):
     path = shutil.copytree(crippled[0], tmp_path / "run")
+    assert_continues(path, uninterrupted, cohort_dir)
+
+
+@pytest.mark.slow
+def test_loss_of_the_coordinating_process_is_named_and_the_run_continues_bit_equal(uninterrupted, cohort_dir, tmp_path):
+    """Process 0 also holds the service through which the processes found each other."""
+    path, codes, messages, seconds = lose(0, cohort_dir, tmp_path)
+    assert codes == [watchdog.EXIT_LOST, watchdog.EXIT_LOST]
+    assert seconds < 60
+    for text in messages:
+        assert "process 0 of 2 on " in text and "was killed by SIGKILL" in text
+    assert "run the same command on all hosts to continue" in messages[1]
+    assert_continues(path, uninterrupted, cohort_dir)
+
+
+def assert_continues(path, uninterrupted, cohort_dir):
     assert not (path / "fold_0" / "fold.json").exists()
     with group.Group(group.train(tiny.train_arguments(cohort_dir, path))) as processes:
         assert processes.wait() == [0, 0], (processes.said(0), processes.said(1))

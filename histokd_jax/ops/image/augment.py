@@ -105,6 +105,9 @@ def augment_one(
     # One draw for the single numbers of all steps: each further one is a cipher of its own in the compiled program.
     drawn = jax.vmap(units)(keys)
     for i, step in enumerate(pipeline):
+        if not step.pointwise:
+            # Fused with this one, the steps before it would be computed anew for every pixel that it fetches.
+            image = jax.lax.optimization_barrier(image)
         image = step.run(drawn[i], keys[i], image)
     return image
 

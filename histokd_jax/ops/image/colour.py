@@ -78,13 +78,13 @@ def hsv_to_rgb(hue: jax.Array, saturation: jax.Array, value: jax.Array) -> jax.A
 def linear_of_srgb(rgb: jax.Array) -> jax.Array:
     """sRGB on 0..255 to linear light on 0..1 (IEC 61966-2-1)."""
     v = rgb.astype(jnp.float32) / 255
-    return jnp.where(v > 0.04045, ((jnp.maximum(v, 0.04045) + 0.055) / 1.055) ** 2.4, v / 12.92)
+    return jnp.where(v > 0.04045, _power((jnp.maximum(v, 0.04045) + 0.055) / 1.055, 2.4), v / 12.92)
 
 
 def srgb_of_linear(light: jax.Array) -> jax.Array:
     """Linear light on 0..1 to sRGB on 0..255; light beyond 0..1 is clipped to the gamut first."""
     v = jnp.clip(light, 0, 1)
-    return 255 * jnp.where(v > 0.0031308, 1.055 * jnp.maximum(v, 0.0031308) ** (1 / 2.4) - 0.055, 12.92 * v)
+    return 255 * jnp.where(v > 0.0031308, 1.055 * _power(jnp.maximum(v, 0.0031308), 1 / 2.4) - 0.055, 12.92 * v)
 
 
 def rgb_to_lab(rgb: jax.Array, axis: int = -1) -> jax.Array:
@@ -127,4 +127,9 @@ def lightness(rgb: jax.Array, axis: int = -1) -> jax.Array:
 
 def _cube_root(light: jax.Array) -> jax.Array:
     """Cube root, with the straight line of CIELAB near black."""
-    return jnp.where(light > _CUBIC_ABOVE, jnp.cbrt(jnp.maximum(light, _CUBIC_ABOVE)), _SLOPE * light + _OFFSET)
+    return jnp.where(light > _CUBIC_ABOVE, _power(jnp.maximum(light, _CUBIC_ABOVE), 1 / 3), _SLOPE * light + _OFFSET)
+
+
+def _power(values: jax.Array, exponent: float) -> jax.Array:
+    """`values ** exponent` of positive numbers, by functions that vectorise on CPUs (`pow` and `cbrt` do not)."""
+    return jnp.exp(exponent * jnp.log(values))

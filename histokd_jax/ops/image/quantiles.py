@@ -6,7 +6,7 @@ counts over the array: linear in the number of values, without memory of their s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,20 @@ from jax import lax
 _SIGN = np.uint32(1 << 31)
 
 
-def masked_quantiles(values: jax.Array, mask: jax.Array, levels: Sequence[float]) -> jax.Array:
+def masked_quantiles(
+    values: jax.Array,
+    mask: jax.Array,
+    levels: Sequence[float],
+    monotone: Callable[[jax.Array], jax.Array] = lambda values: values,
+) -> jax.Array:
     """Quantiles with linear interpolation between order statistics, as `numpy.quantile(values[mask], levels)`.
 
     Args:
       values: [N] float32, finite.
       mask: [N] bool, which values count.
       levels: numbers in [0, 1].
+      monotone: a non-decreasing function; the quantiles are those of `monotone(values)`, which is computed for the
+        order statistics alone.
 
     Returns:
       [len(levels)] float32; zeros where no value counts.
@@ -33,7 +40,7 @@ def masked_quantiles(values: jax.Array, mask: jax.Array, levels: Sequence[float]
     lower = jnp.floor(place).astype(jnp.int32)
     low = _order_statistic(keys, mask, lower)
     high = _next(keys, mask, low, lower + 1)
-    first, second = _values(low), _values(high)
+    first, second = monotone(_values(low)), monotone(_values(high))
     found = first + (second - first) * (place - lower)
     return jnp.where(count > 0, found, 0)
 

@@ -32,10 +32,12 @@ class Step(abc.ABC):
     Attributes:
       probability: with which the step is applied to an example, in [0, 1].
       geometric: whether it moves pixels; such steps can be shared between the views of an example.
+      pointwise: whether a pixel of the result depends on the same pixel of the image alone.
     """
 
     probability: float = 1.0
     geometric: ClassVar[bool] = False
+    pointwise: ClassVar[bool] = True
 
     def __post_init__(self):
         if not 0 <= self.probability <= 1:
@@ -132,6 +134,7 @@ class HorizontalFlip(Step):
 
     probability: float = 0.5
     geometric: ClassVar[bool] = True
+    pointwise: ClassVar[bool] = False
 
     def apply(self, image: jax.Array) -> jax.Array:
         """See `geometry.flip`."""
@@ -144,6 +147,7 @@ class VerticalFlip(Step):
 
     probability: float = 0.5
     geometric: ClassVar[bool] = True
+    pointwise: ClassVar[bool] = False
 
     def apply(self, image: jax.Array) -> jax.Array:
         """See `geometry.flip`."""
@@ -155,6 +159,7 @@ class QuarterTurns(Step):
     """Turns a square image by 0, 90, 180 or 270 degrees, each equally likely; exact, the dtype stays."""
 
     geometric: ClassVar[bool] = True
+    pointwise: ClassVar[bool] = False
 
     def draw(self, unit: jax.Array, key: jax.Array, shape: tuple[int, ...]) -> Drawn:
         """quarters: [] int32 in 0..3."""
@@ -179,6 +184,7 @@ class Rotate(Step):
     interpolation: str = geometry.NEAREST
     fill: float = 0.0
     geometric: ClassVar[bool] = True
+    pointwise: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -210,6 +216,7 @@ class RandomCrop(Step):
     size: tuple[int, int] | None = None
     interpolation: str = geometry.BILINEAR
     geometric: ClassVar[bool] = True
+    pointwise: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()

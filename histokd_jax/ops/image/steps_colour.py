@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 
@@ -84,6 +85,7 @@ class Contrast(Step):
     """
 
     factor: tuple[float, float] = (0.6, 1.4)
+    pointwise: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()
