@@ -2,8 +2,8 @@
 
 import functools
 
+import drawn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import survival_golden as sg
 
@@ -34,10 +34,8 @@ def genes(slots, seed=1):
 
 @functools.lru_cache
 def parameters(net, key=0):
-    """Initial parameters, moved so that zero biases and equal layers do not hide mistakes."""
-    params = jax.jit(lambda k: net.init(k, sg.pack(bags()), genes(4))["params"])(jax.random.key(key))
-    rng = np.random.default_rng(key)
-    return jax.tree.map(lambda p: jnp.asarray(p + 0.2 * rng.normal(size=p.shape), jnp.float32), params)
+    """Random parameters, so that zero biases and equal layers do not hide mistakes."""
+    return drawn.variables(lambda k: net.init(k, sg.pack(bags()), genes(4))["params"], jax.random.key(0), seed=key)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
