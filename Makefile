@@ -36,7 +36,7 @@ $(VENV)/.installed-torch: $(VENV)/.installed-test
 	touch $@
 
 test: install-test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not torch and not bench and not slow and not long'
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m 'not torch and not bench and not slow and not long'
 
 test-torch: $(VENV)/.installed-torch
 	$(BIN)/python -m pytest -m torch
@@ -58,7 +58,7 @@ lint: install-test
 	$(BIN)/ruff format --check --line-length 120 .
 
 bench-smoke: install-test
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m '(bench or slow) and not torch and not long'
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m '(bench or slow) and not torch and not long'
 
 # Minutes of compilation each; not part of continuous integration.
 test-long: install-test

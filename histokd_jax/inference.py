@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
 from tqdm import tqdm
@@ -20,6 +21,7 @@ from data_pipelines.pipeline import make_eval_dataset
 from histokd_jax.tasks import Table, get_task
 from histokd_jax.train import data_kinds, evaluate, model_dir, pair_attention, sharding
 from histokd_jax.train.new_bags import make_source, open_cohort
+from histokd_jax.types import Batch, Method
 from histokd_jax.utils import config as config_utils
 
 
@@ -65,7 +67,7 @@ def predict(folders: Sequence[pathlib.Path], data: pathlib.Path, mode: str, **ta
         new = data_kinds.new_data(model.cfg).open_new(model, mode, data, **tables)
         if new.cohort.dropped:
             logging.warning("%s", _drop_text(new.cohort))
-        run = jax.jit(lambda batch, model=model: model.method.predict(model.params, {}, model.extra, batch, mode))
+        run = model.of_batches(functools.partial(_predict, model.method, mode))
 
         def step(batch, number, run=run):
             del number
@@ -78,6 +80,10 @@ def predict(folders: Sequence[pathlib.Path], data: pathlib.Path, mode: str, **ta
         found = evaluate.predict_source(step, new.source, new.feeder, task.outputs, progress=bar)
         parts.append(evaluate.as_table(task, found, rows, new.cohort, targets, model.facts["fold"]))
     return task.concatenate(parts)
+
+
+def _predict(method: Method, mode: str, params: Any, extra: Any, batch: Batch) -> dict[str, Any]:
+    return method.predict(params, {}, extra, batch, mode)
 
 
 def _drop_text(cohort: Cohort) -> str:
@@ -105,7 +111,7 @@ def export_attention(folder: pathlib.Path, data: pathlib.Path, mode: str, out: p
     reader, cohort, genes = open_cohort(data, model, mode)
     source = make_source(reader, cohort, genes, model, mode, with_coords=True)
     mesh = sharding.make_mesh(1)
-    run = jax.jit(lambda batch: model.method.attention(model.params, {}, model.extra, batch, mode))
+    run = model.of_batches(lambda params, extra, batch: model.method.attention(params, {}, extra, batch, mode))
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     files, slides = [], _slides_of(cohort, Manifest.load(data))

@@ -20,7 +20,15 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 # Grain's workers read absl flags; outside app.run they would raise UnparsedFlagAccessError.
 flags.FLAGS.mark_as_parsed()
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+HERE = pathlib.Path(__file__).parent
+GOLDEN = HERE / "golden"
+# Folders whose files take longest: they compile networks, train, and start processes.
+LONG = {"cli", "convert", "methods", "multiprocess", "nn", "train"}
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first, so that the workers of a parallel run (with --no-loadscope-reorder) end at the same time."""
+    items.sort(key=lambda item: item.path.relative_to(HERE).parts[0] not in LONG)
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,12 @@ def cohort_dir(tmp_path_factory):
     return path
 
 
+def config_maker(data):
+    """changes -> resolved configuration of a tiny run on a data set."""
+    return lambda **changes: config.load(CONFIG, overrides(data, **changes))
+
+
 @pytest.fixture
 def tiny_config(cohort_dir):
     """changes -> resolved configuration of a tiny run."""
-    return lambda **changes: config.load(CONFIG, overrides(cohort_dir, **changes))
+    return config_maker(cohort_dir)

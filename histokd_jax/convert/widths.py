@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,9 +38,17 @@ def shapes_of(cfg: ConfigDict, spec: DataSpec, statistics: bool = False) -> dict
       spec: widths.
       statistics: whether a group is {"params", "batch_stats"}, see `Adapter`.
     """
-    method = registry.get_method(cfg.method)(fitted(cfg, spec.feat_dim), spec)
-    params, extra = jax.eval_shape(method.init, jax.random.key(0))
-    return {group: {PARAMS: tree, STATISTICS: extra[group]} for group, tree in params.items()} if statistics else params
+    params, extra = _traced(config_utils.to_json(fitted(cfg, spec.feat_dim)), spec)
+    if not statistics:
+        return dict(params)
+    return {group: {PARAMS: tree, STATISTICS: extra[group]} for group, tree in params.items()}
+
+
+@functools.lru_cache(maxsize=32)
+def _traced(config: str, spec: DataSpec) -> tuple[Any, Any]:
+    # Probing asks for the same networks again and again, one file after the other; large ones take seconds to trace.
+    cfg = config_utils.from_json(config)
+    return jax.eval_shape(registry.get_method(cfg.method)(cfg, spec).init, jax.random.key(0))
 
 
 def expected(adapter: Adapter, like: Mapping[str, Any], spec: DataSpec) -> dict[str, tuple[int, ...]]:

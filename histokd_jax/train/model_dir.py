@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from histokd_jax.train import cluster_choice, distributed
 from histokd_jax.train.checkpoint import CheckpointMismatchError, export_groups, load_groups, params_hash
 from histokd_jax.train.experiment import Experiment, FoldData
 from histokd_jax.train.gene_choice import Selection, read_selection
-from histokd_jax.types import DataSpec, Method
+from histokd_jax.types import Batch, DataSpec, Method
 from histokd_jax.utils import config as config_utils
 
 MODEL_FILE, EXTRA = "model.json", "extra"
@@ -61,6 +61,15 @@ class Model:
     def class_names(self) -> list[str]:
         """One name per class."""
         return self.facts["class_names"]
+
+    def of_batches(self, function: Callable[..., Any]) -> Callable[[Batch], Any]:
+        """`function(params, extra, batch)` with the networks of this model, compiled, as a function of a batch.
+
+        The networks are arguments of the program and no constants in it: models of equal shapes (the folds of a run)
+        share one entry of the compilation cache, and none holds a copy of the parameters.
+        """
+        run = jax.jit(function)
+        return lambda batch: run(self.params, self.extra, batch)
 
 
 def export(

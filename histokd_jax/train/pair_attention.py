@@ -64,7 +64,7 @@ def attend(folder: pathlib.Path, data: pathlib.Path, mode: str, limit: int | Non
     if data_kinds.kind_of(model.cfg) != data_kinds.PAIRS or model.method.attention is None:
         raise ValueError(f"method {model.method.name} has no attention maps of images")
     new = data_kinds.new_data(model.cfg).open_new(model, mode, data)
-    run = jax.jit(lambda batch: model.method.attention(model.params, {}, model.extra, batch, mode))
+    run = model.of_batches(lambda params, extra, batch: model.method.attention(params, {}, extra, batch, mode))
     done = 0
     for fed in new.feeder.evaluate(new.source):
         maps, batch = np.asarray(run(fed.batch)), jax.device_get(dict(fed.batch))

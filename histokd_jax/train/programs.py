@@ -31,6 +31,7 @@ class Programs:
         self.traces = 0
         self._cfg = cfg
         self._compiled: dict[Any, Any] = {}
+        self._metrics: dict[Any, list[str]] = {}
         self._predict: dict[tuple[str, ...], Any] = {}
         self._last_rate: tuple[float, jax.Array] | None = None
 
@@ -56,9 +57,11 @@ class Programs:
         frozen: Any = step.NOTHING_FROZEN,
     ):
         """State at step 0 of a stage, on every device of the mesh."""
-        with jax.set_mesh(self.mesh):
-            names = step.metric_names(self.method, stage.name, params, extra, batch, frozen)
-        first = state.start_stage(params, extra, rng, self.optimizer(stage, params), names)
+        key = _key(stage, batch)
+        if key not in self._metrics:
+            with jax.set_mesh(self.mesh):
+                self._metrics[key] = step.metric_names(self.method, stage.name, params, extra, batch, frozen)
+        first = state.start_stage(params, extra, rng, self.optimizer(stage, params), self._metrics[key])
         return sharding.put_tree(first, self._shardings(first))
 
     def _shardings(self, tree: Any) -> Any:
@@ -82,7 +85,7 @@ class Programs:
           (new state, loss).
         """
         rate = self._rate(lr)
-        key = (stage.name, tuple((name, value.shape, value.dtype) for name, value in sorted(batch.items())))
+        key = _key(stage, batch)
         if key not in self._compiled:
             self._compiled[key] = self._compile(stage, train_state, batch, rate, frozen)
         return self._compiled[key](train_state, batch, rate, None, frozen)
@@ -133,3 +136,8 @@ class Programs:
             key = self.whole(key)
         with jax.set_mesh(self.mesh):
             return self._predict[modes](params, extra, batch, key)
+
+
+def _key(stage: Stage, batch: Mapping[str, jax.Array]) -> tuple:
+    """What one program of a stage serves: fields of these shapes."""
+    return stage.name, tuple((name, value.shape, value.dtype) for name, value in sorted(batch.items()))

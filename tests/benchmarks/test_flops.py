@@ -1,5 +1,6 @@
 """Analytic FLOPs against XLA's own count where that is exact, parameters against the library, peaks by exact name."""
 
+import functools
 import pathlib
 import sys
 
@@ -20,6 +21,7 @@ CONFIG = {
 PATCHES, SLIDES = 2048, 2
 
 
+@functools.cache
 def counted(name):
     """XLA's FLOPs of one gradient on one chunk that holds the whole step: no loop body is counted once too few."""
     method = bench_step.build_method(name, "float32", {**CONFIG, "chunk": PATCHES})

@@ -134,7 +134,7 @@ def assert_continues(path, uninterrupted, cohort_dir):
     assert curve(uninterrupted, "loss", "monitor") == curve(path, "loss", "monitor")
 
 
-@pytest.mark.parametrize("devices", [8, pytest.param(4, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("devices", [*(pytest.param(n, marks=pytest.mark.slow) for n in (8, 4)), 1])
 def test_another_process_count_and_mesh_continue_from_the_same_step(
     uninterrupted, crippled, tiny_config, tmp_path, devices
 ):

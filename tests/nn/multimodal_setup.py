@@ -1,7 +1,9 @@
 """Small MCAT, PORPOISE MMF and SurvPath networks, their inputs, and one forward pass."""
 
+import functools
+
+import drawn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import survival_golden as sg
 
@@ -30,18 +32,24 @@ def genes(slots, seed=1):
     return {"genes": np.random.default_rng(seed).normal(size=(slots, GENES)).astype(np.float32)}
 
 
+@functools.lru_cache
 def parameters(net, key=0):
-    """Initial parameters, moved so that zero biases and equal layers do not hide mistakes."""
-    params = jax.jit(lambda k: net.init(k, sg.pack(bags()), genes(4))["params"])(jax.random.key(key))
-    rng = np.random.default_rng(key)
-    return jax.tree.map(lambda p: jnp.asarray(p + 0.2 * rng.normal(size=p.shape), jnp.float32), params)
+    """Random parameters, so that zero biases and equal layers do not hide mistakes."""
+    return drawn.variables(lambda k: net.init(k, sg.pack(bags()), genes(4))["params"], jax.random.key(0), seed=key)
 
 
-def run(net, params, packed, molecular, seed=None):
-    def fn(params, patches, ids, positions, molecular, seed):
-        return net.apply({"params": params}, sg.Bags(patches, ids, positions, packed.num_slots), molecular, seed)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _applied(net, method, slots, params, patches, ids, positions, molecular, seed):
+    inputs = sg.Bags(patches, ids, positions, slots), molecular
+    if method is None:
+        return net.apply({"params": params}, *inputs, seed)
+    return net.apply({"params": params}, *inputs, method=method)
 
-    return jax.jit(fn)(params, packed.patches, packed.segment_ids, packed.positions, molecular, seed)
+
+def run(net, params, packed, molecular, seed=None, method=None):
+    """One forward pass, or another method of bags and genes; traced once per network and shapes."""
+    arrays = packed.patches, packed.segment_ids, packed.positions, molecular
+    return _applied(net, method, packed.num_slots, params, *arrays, seed)
 
 
 def assert_same(a, b, atol=2e-5):

@@ -109,8 +109,8 @@ def test_B9_returned_scores_are_before_the_softmax():
     net = NETS["mcat_concat"]
     params = parameters(net)
     packed, molecular = sg.pack(bags()), genes(4)
-    scores = np.asarray(net.apply({"params": params}, packed, molecular, method="coattention_scores"))
-    weights = np.asarray(net.apply({"params": params}, packed, molecular, method="attention_map"))
+    scores = np.asarray(run(net, params, packed, molecular, method="coattention_scores"))
+    weights = np.asarray(run(net, params, packed, molecular, method="attention_map"))
     t = jax.tree.map(np.asarray, params["coattention"])
     tokens = np.asarray(run(net, params, packed, molecular)["group_tokens"])
     for slot, x in enumerate(bags()):
@@ -129,12 +129,17 @@ def test_B10_a_patch_reaches_pathways_but_no_other_patch():
     x, molecular = bags()[2], genes(1)
     moved = x.copy()
     moved[4] += 1.0
+    packed = sg.pack([x], row=20)
+
+    @jax.jit
+    def both(patches):
+        inputs = packed._replace(patches=patches), molecular
+        patch = net.apply({"params": params}, *inputs, method="patch_rows").attended.T
+        return patch, net.apply({"params": params}, *inputs, mutable=["intermediates"])[1]
 
     def rows(x):
-        packed = sg.pack([x], row=20)
-        patch = net.apply({"params": params}, packed, molecular, method="patch_rows").attended.T[: len(x)]
-        _, sown = net.apply({"params": params}, packed, molecular, mutable=["intermediates"])
-        return np.asarray(patch), np.asarray(sown["intermediates"]["pathway_rows"][0]["attended"][0])
+        patch, sown = both(sg.pack([x], row=20).patches)
+        return np.asarray(patch)[: len(x)], np.asarray(sown["intermediates"]["pathway_rows"][0]["attended"][0])
 
     (patch, pathway), (patch2, pathway2) = rows(x), rows(moved)
     others = np.arange(len(x)) != 4

@@ -52,7 +52,7 @@ def test_gradients_ignore_nan_padding_and_empty_slots(case):
 def test_B4_attention_map_sums_to_one(case):
     net, params = case
     packed = sg.pack(bags())
-    weights = net.apply({"params": params}, packed, genes(4), method="attention_map")
+    weights = run(net, params, packed, genes(4), method="attention_map")
     assert weights.shape == packed.segment_ids.shape
     np.testing.assert_array_equal(weights[packed.segment_ids == 0], 0.0)
     for slot in range(1, 5):

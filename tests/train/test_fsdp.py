@@ -1,8 +1,11 @@
 """Parameters and optimizer state divided over the data axis: the same training with less memory per device."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import PartitionSpec as P
 
 from data_pipelines.pipeline import StepIterator
@@ -15,19 +18,38 @@ from histokd_jax.train.state import init_params
 WIDE = {"model__d": 32, "model__attn": 32, "genes__token_size": 32}
 
 
-class Training:
-    """Three steps of the tiny method, made a little wider, on eight devices."""
+class Parts:
+    """What does not change in training: data and compiled programs of the tiny method, made a little wider."""
 
-    def __init__(self, tiny_config, fsdp, devices=8):
-        cfg = tiny_config(mesh__data=devices, mesh__fsdp=fsdp, data__rows=8, **WIDE)
+    def __init__(self, config_of, fsdp, devices):
+        cfg = config_of(mesh__data=devices, mesh__fsdp=fsdp, data__rows=8, **WIDE)
         cfg = experiment.resolve_width(cfg)
         exp = experiment.load_experiment(cfg)
         method = registry.get_method("mkd")(cfg, exp.data_spec(("genes",)))
         self.source = experiment.fold_data(exp, 0, method).train
         self.programs = Programs(method, cfg, sharding.make_mesh(devices))
-        self.stage = method.stages[0]
-        params, extra, rng = init_params(method, 0)
-        self.state = self.programs.start(self.stage, params, extra, rng, self.batch(0))
+
+
+@pytest.fixture(scope="module")
+def parts(cohort_dir):
+    """(fsdp, devices) -> parts, made once."""
+    config_of = tiny.config_maker(cohort_dir)
+    return functools.cache(lambda fsdp, devices: Parts(config_of, fsdp, devices))
+
+
+@pytest.fixture(scope="module")
+def start(parts):
+    """(params, extra) of every training, as NumPy arrays, which no donation can take away."""
+    return jax.device_get(init_params(parts(False, 8).programs.method, 0)[:2])
+
+
+class Training:
+    """Steps of the tiny method from the start."""
+
+    def __init__(self, parts, start):
+        self.source, self.programs = parts.source, parts.programs
+        self.stage = self.programs.method.stages[0]
+        self.state = self.programs.start(self.stage, *start, jax.random.key(1), self.batch(0))
 
     def batch(self, number):
         host = next(StepIterator(self.source, start_step=number, num_threads=0))
@@ -46,8 +68,9 @@ class Training:
 
 
 @pytest.fixture
-def both(tiny_config):
-    return Training(tiny_config, False), Training(tiny_config, True)
+def both(parts, start):
+    """On eight devices, replicated and divided."""
+    return tuple(Training(parts(fsdp, 8), start) for fsdp in (False, True))
 
 
 def assert_close(a, b, atol):
@@ -76,12 +99,12 @@ def test_sharded_training_equals_replicated_and_needs_less_memory(both):
     assert divided.memory().total < whole.memory().total
 
 
-def test_a_checkpoint_is_restored_into_either_layout_and_another_mesh(both, tiny_config, tmp_path):
+def test_a_checkpoint_is_restored_into_either_layout_and_another_mesh(both, parts, start, tmp_path):
     whole, divided = both
     divided.steps(1)
     with RunCheckpoints(tmp_path, {"config": "x"}) as saved:
         saved.save(1, divided.state, {"step": 1})
-    for other in (whole, Training(tiny_config, True), Training(tiny_config, True, devices=4)):
+    for other in (whole, Training(parts(True, 8), start), Training(parts(True, 4), start)):
         with RunCheckpoints(tmp_path, {"config": "x"}) as saved:
             restored = saved.restore(other.state)
         for like, leaf, want in zip(*map(jax.tree.leaves, (other.state, restored, divided.state)), strict=True):

@@ -115,7 +115,7 @@ def test_replicas_equal_sequential_runs(tiny_settings, sequential, tmp_path, mon
     assert traces == {1}
 
 
-@pytest.mark.parametrize("steps", [2, 5])
+@pytest.mark.parametrize("steps", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_interrupted_sweep_continues_bit_for_bit(tiny_settings, swept, tmp_path, monkeypatch, steps):
     settings = tiny_settings()
     with monkeypatch.context() as patch:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -163,8 +164,13 @@ def test_int8_batches_are_near_and_take_half_the_memory(tiny_config):
     assert_same_steps(stream.train(data.train), resident_feeder(data, dtype="int8").train(data.train), near)
 
 
-def test_auto_falls_back_with_the_reason_told_and_recorded(tiny_config, tmp_path, capsys):
-    run.train(tiny_config(data__resident="auto", data__resident_gib=1e-6, train__max_epochs=1), tmp_path)
+def test_auto_falls_back_with_the_reason_told_and_recorded(tiny_config, tmp_path, capsys, monkeypatch):
+    class TrainingBegins(Exception):
+        pass
+
+    monkeypatch.setattr(loop, "fit", mock.Mock(side_effect=TrainingBegins))
+    with pytest.raises(TrainingBegins):
+        run.train(tiny_config(data__resident="auto", data__resident_gib=1e-6), tmp_path)
     said = capsys.readouterr().out
     facts = json.loads((tmp_path / "run_manifest.json").read_text())["input"]
     assert facts["resident"] is False and "on each device, 0.000 GiB are allowed" in facts["reason"]
@@ -308,16 +314,13 @@ def test_several_devices_hold_a_share_each_and_give_the_same_gradient(tiny_confi
     method, data = build(tiny_config, mesh__data=devices, data__max_patches_train=10)
     feeder = resident_feeder(data, devices)
     assert "dealt out" in "".join(feeder.identity.values())
-    params, _ = method.init(jax.random.key(0))
+    params, _ = jax.jit(method.init)(jax.random.key(0))
+    key, number = jax.random.key(1), jnp.zeros((), jnp.int32)
+    compute = jax.jit(lambda p, b: step.loss_and_gradients(method, "online", p, {}, b, key, number))
 
     def gradients(mesh, fed):
         with jax.set_mesh(mesh):
-            placed = jax.device_put(params, sharding.replicated(mesh))
-            out = jax.jit(
-                lambda p, b: step.loss_and_gradients(
-                    method, "online", p, {}, b, jax.random.key(1), jnp.zeros((), jnp.int32)
-                )
-            )(placed, fed.batch)
+            out = compute(jax.device_put(params, sharding.replicated(mesh)), fed.batch)
         return jax.device_get((out[0], out[3]))
 
     one = sharding.make_mesh(1)

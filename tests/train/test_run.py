@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -24,20 +25,6 @@ from histokd_jax.train.loop import DivergedError
 from histokd_jax.train.signals import Interrupted
 
 
-@pytest.fixture(scope="module")
-def trained(cohort_dir, tmp_path_factory):
-    """A finished run of one fold; read only."""
-    path = tmp_path_factory.mktemp("trained") / "run"
-    run.train(tiny.config.load(tiny.CONFIG, tiny.overrides(cohort_dir)), path)
-    return path
-
-
-@pytest.fixture
-def trained_copy(trained, tmp_path):
-    """The same run, free to be changed."""
-    return shutil.copytree(trained, tmp_path / "run")
-
-
 class StopAfter(signals.StopRequest):
     """A request that arrives after a number of steps, without any signal."""
 
@@ -49,6 +36,48 @@ class StopAfter(signals.StopRequest):
     def requested(self):
         self._left -= 1
         return self._left < 0
+
+
+@pytest.fixture(scope="module")
+def trained(cohort_dir, tmp_path_factory):
+    """A finished run of one fold; read only."""
+    path = tmp_path_factory.mktemp("trained") / "run"
+    run.train(tiny.config.load(tiny.CONFIG, tiny.overrides(cohort_dir)), path)
+    return path
+
+
+def interrupt(cfg, workdir, monkeypatch, steps=2):
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "StopRequest", lambda: StopAfter(steps))
+        with pytest.raises(Interrupted, match="run the same command again"):
+            run.train(cfg, workdir)
+
+
+@pytest.fixture(scope="module")
+def interrupted(cohort_dir, tmp_path_factory):
+    """A run of the same configuration that stopped after its third step; read only."""
+    path = tmp_path_factory.mktemp("interrupted") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(tiny.config_maker(cohort_dir)(), path, patch)
+    return path
+
+
+@pytest.fixture(scope="module")
+def interrupted_elsewhere(cohort_dir, tmp_path_factory):
+    """(configuration, run stopped after its third step) with a data set and labels of its own, which may change."""
+    root = tmp_path_factory.mktemp("elsewhere")
+    data, labels = shutil.copytree(cohort_dir, root / "data"), root / "labels.csv"
+    shutil.copy(cohort_dir / "tables" / "labels.csv", labels)
+    cfg = tiny.config_maker(data)(data__labels=labels)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(cfg, root / "run", patch)
+    return cfg, root / "run"
+
+
+@pytest.fixture
+def trained_copy(trained, tmp_path):
+    """The same run, free to be changed."""
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def files(workdir):
@@ -74,14 +103,7 @@ def curve(workdir):
     return [{k: v for k, v in json.loads(line).items() if k in keep} for line in lines]
 
 
-def interrupt(cfg, workdir, monkeypatch, steps=2):
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "StopRequest", lambda: StopAfter(steps))
-        with pytest.raises(Interrupted, match="run the same command again"):
-            run.train(cfg, workdir)
-
-
-@pytest.mark.parametrize("steps", [2, 4, 7])
+@pytest.mark.parametrize("steps", [pytest.param(4, marks=pytest.mark.slow), 7])
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tiny_config, trained, tmp_path, monkeypatch, steps):
     cfg = tiny_config()
     interrupt(cfg, tmp_path, monkeypatch, steps)
@@ -90,12 +112,27 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tiny_config, t
     assert_same_run(trained, tmp_path)
 
 
-def test_two_runs_are_equal_and_the_step_is_traced_once(tiny_config, tmp_path):
-    cfg = tiny_config(fold="all")
-    for name in ("a", "b"):
-        run.train(cfg, tmp_path / name)
-    assert files(tmp_path / "a") == files(tmp_path / "b")
-    traces = json.loads((tmp_path / "a" / "fold_1" / "fold.json").read_text())["traces"]
+def test_interrupted_in_the_first_epoch_and_resumed_equals_uninterrupted(tiny_config, trained, interrupted, tmp_path):
+    path = shutil.copytree(interrupted, tmp_path / "run")
+    assert not (path / "fold_0" / "fold.json").exists()
+    run.train(tiny_config(), path)
+    assert_same_run(trained, path)
+
+
+@pytest.fixture(scope="module")
+def with_control(cohort_dir, tmp_path_factory):
+    """(summary, folder) of a finished run of both folds with its control arm; read only."""
+    path = tmp_path_factory.mktemp("with_control") / "run"
+    cfg = tiny.config_maker(cohort_dir)(compare__control=True, fold="all")
+    return run.train(cfg, path, ["histokd", "train"]), path
+
+
+def test_two_runs_are_equal_and_the_step_is_traced_once(tiny_config, with_control, tmp_path):
+    """The second has no control arm, which must not matter to the first arm."""
+    run.train(tiny_config(fold="all"), tmp_path)
+    first = {name: table for name, table in files(with_control[1]).items() if not name.startswith("control")}
+    assert first == files(tmp_path)
+    traces = json.loads((tmp_path / "fold_1" / "fold.json").read_text())["traces"]
     assert traces == 1, "all folds share one compiled step"
 
 
@@ -129,18 +166,18 @@ def test_a_fold_finished_with_other_data_is_not_reused(tiny_config, trained_copy
         run.train(tiny_config(), trained_copy)
 
 
-def test_run_directory_is_complete_and_control_has_all_weights_at_zero(tiny_config, tmp_path):
-    summary = run.train(tiny_config(compare__control=True, fold="all"), tmp_path, ["histokd", "train"])
-    for arm in (tmp_path, tmp_path / "control"):
+def test_run_directory_is_complete_and_control_has_all_weights_at_zero(with_control):
+    summary, path = with_control
+    for arm in (path, path / "control"):
         for name in ("config.json", "run_manifest.json", "summary.json", "predictions_val.csv", "predictions_test.csv"):
             assert (arm / name).is_file(), name
-    control = json.loads((tmp_path / "control" / "config.json").read_text())
+    control = json.loads((path / "control" / "config.json").read_text())
     assert set(control["loss"].values()) == {0.0}
     assert set(summary["modes"]) == {"pathology", "both", "genomics"}
-    manifest = json.loads((tmp_path / "run_manifest.json").read_text())
+    manifest = json.loads((path / "run_manifest.json").read_text())
     assert manifest["simulated"] is True and manifest["seed"] == 0 and len(manifest["data_fingerprint"]) == 64
     assert manifest["versions"]["jax"] == jax.__version__
-    table = read_predictions(tmp_path / "predictions_test.csv")
+    table = read_predictions(path / "predictions_test.csv")
     assert len(set(table.case_id)) == 40 and len(table) == 3 * 40
 
 
@@ -149,32 +186,36 @@ def test_resume_with_another_config_is_refused(tiny_config, trained_copy):
         run.train(tiny_config(train__lr=1e-3), trained_copy)
 
 
-def test_resume_with_a_changed_data_set_is_refused(tiny_config, cohort_dir, tmp_path, monkeypatch):
-    data = shutil.copytree(cohort_dir, tmp_path / "data")
-    cfg = tiny_config(data__dir=data)
-    interrupt(cfg, tmp_path / "run", monkeypatch)
-    shutil.rmtree(data)
-    simulate_cohort(data, dataclasses.replace(tiny.SPEC, seed=2))
-    with pytest.raises(CheckpointMismatchError, match="input"):
-        run.train(cfg, tmp_path / "run")
+def test_resume_with_a_changed_data_set_is_refused(interrupted_elsewhere, tmp_path):
+    cfg, path = interrupted_elsewhere
+    data = pathlib.Path(cfg.data.dir)
+    shutil.move(data, tmp_path / "kept")
+    try:
+        simulate_cohort(data, dataclasses.replace(tiny.SPEC, seed=2))
+        with pytest.raises(CheckpointMismatchError, match="input"):
+            run.train(cfg, shutil.copytree(path, tmp_path / "run"))
+    finally:
+        shutil.rmtree(data)
+        shutil.move(tmp_path / "kept", data)
 
 
-def test_resume_with_changed_labels_is_refused(tiny_config, cohort_dir, tmp_path, monkeypatch):
-    labels = tmp_path / "labels.csv"
-    shutil.copy(cohort_dir / "tables" / "labels.csv", labels)
-    cfg = tiny_config(data__labels=labels)
-    interrupt(cfg, tmp_path / "run", monkeypatch)
-    header, *rows = labels.read_text().splitlines()
+def test_resume_with_changed_labels_is_refused(interrupted_elsewhere, tmp_path):
+    cfg, path = interrupted_elsewhere
+    labels = pathlib.Path(cfg.data.labels)
+    before = labels.read_text()
+    header, *rows = before.splitlines()
     swapped = [row.replace(",", ",1-").replace("1-1", "0").replace("1-0", "1") for row in rows]
     labels.write_text("\n".join([header, *swapped]) + "\n")
-    with pytest.raises(CheckpointMismatchError, match="input"):
-        run.train(cfg, tmp_path / "run")
+    try:
+        with pytest.raises(CheckpointMismatchError, match="input"):
+            run.train(cfg, shutil.copytree(path, tmp_path / "run"))
+    finally:
+        labels.write_text(before)
 
 
-def test_resume_with_another_packing_plan_is_refused(tiny_config, tmp_path, monkeypatch):
+def test_resume_with_another_packing_plan_is_refused(tiny_config, interrupted, tmp_path, monkeypatch):
     """The same configuration under a planner that packs otherwise: the identity covers the plan itself."""
-    cfg = tiny_config()
-    interrupt(cfg, tmp_path, monkeypatch)
+    path = shutil.copytree(interrupted, tmp_path / "run")
     original = experiment.fold_data
 
     def shifted(*args):
@@ -192,20 +233,19 @@ def test_resume_with_another_packing_plan_is_refused(tiny_config, tmp_path, monk
 
     monkeypatch.setattr(experiment, "fold_data", shifted)
     with pytest.raises(CheckpointMismatchError, match="packing"):
-        run.train(cfg, tmp_path)
+        run.train(tiny_config(), path)
 
 
-def test_checkpoint_of_another_method_is_refused(tiny_config, tmp_path, monkeypatch):
-    cfg = tiny_config()
-    interrupt(cfg, tmp_path, monkeypatch)
+def test_checkpoint_of_another_method_is_refused(tiny_config, interrupted, tmp_path, monkeypatch):
+    path = shutil.copytree(interrupted, tmp_path / "run")
     original = run.identity
     monkeypatch.setattr(run, "identity", lambda cfg, data: {**original(cfg, data), "method": "abmil"})
     with pytest.raises(CheckpointMismatchError, match="method"):
-        run.train(cfg, tmp_path)
+        run.train(tiny_config(), path)
 
 
 def test_fixed_epochs_need_no_validation_part(tiny_config, tmp_path):
-    summary = run.train(tiny_config(split__val_fraction=0.0), tmp_path)
+    summary = run.train(tiny_config(train__max_epochs=1, split__val_fraction=0.0), tmp_path)
     assert np.isfinite(summary["modes"]["pathology"]["metrics"]["auroc"]["mean"])
     assert not (tmp_path / "predictions_val.csv").exists()
     assert {line["split"] for line in map(json.loads, (tmp_path / "fold_0" / "metrics.jsonl").open())} == {"train"}
@@ -223,7 +263,7 @@ def test_nan_loss_stops_with_a_named_metric(tiny_config, tmp_path):
 
 
 def test_two_stage_schedule_leaves_teachers_untouched_in_stage_two(tiny_config, tmp_path):
-    cfg = tiny_config(distill__schedule="two_stage")
+    cfg = tiny_config(distill__schedule="two_stage", train__max_epochs=2)
     run.train(cfg, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "fold_0" / "metrics.jsonl").read_text().splitlines()]
     assert {line["stage"] for line in lines} == {"teachers", "student"}
@@ -244,7 +284,7 @@ def test_two_stage_schedule_leaves_teachers_untouched_in_stage_two(tiny_config, 
     ids=lambda changes: next(iter(changes)),
 )
 def test_switches_run(tiny_config, tmp_path, changes):
-    summary = run.train(tiny_config(**changes), tmp_path)
+    summary = run.train(tiny_config(train__max_epochs=2, **changes), tmp_path)
     assert np.isfinite(summary["modes"]["pathology"]["metrics"]["auroc"]["mean"])
 
 

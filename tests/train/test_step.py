@@ -1,10 +1,14 @@
 """Step semantics: check I of the MKD specification, layouts, devices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
+from data_pipelines.pipeline import StepIterator
 from histokd_jax.methods import registry
 from histokd_jax.train import experiment, optim, sharding, state, step
 from histokd_jax.utils import hlo
@@ -20,9 +24,40 @@ def build(tiny_config, **changes):
 
 
 def first_batch(data, index=0):
-    from data_pipelines.pipeline import StepIterator
-
     return next(StepIterator(data.train, start_step=index, num_threads=0))
+
+
+KEY = jax.random.key(1)
+# The same changes are named alike, so that tests share what was computed of them.
+PACKED, PADDED = (), (("train__batching", "padded"),)
+
+
+def rows(pool="chunked"):
+    return ("data__rows", ROWS_MULTIPLE), ("data__pool", pool)
+
+
+@pytest.fixture(scope="module")
+def built(cohort_dir):
+    """changes -> (cfg, method, data) of the tiny method, each built once."""
+    config_of = tiny.config_maker(cohort_dir)
+    return functools.cache(lambda changes: build(config_of, **dict(changes)))
+
+
+@pytest.fixture(scope="module")
+def params(built):
+    """Initial parameters; no setting of these tests changes them."""
+    return jax.jit(built(PACKED)[1].init)(jax.random.key(0))[0]
+
+
+@pytest.fixture(scope="module")
+def whole(built, params):
+    """changes -> (loss, gradients) of the first batch on one device, each computed once."""
+
+    def compute(changes):
+        _, method, data = built(changes)
+        return gradients(method, params, first_batch(data), KEY)
+
+    return functools.cache(compute)
 
 
 def gradients(method, params, batch, key, cached=False):
@@ -34,20 +69,18 @@ def gradients(method, params, batch, key, cached=False):
 
 
 def close(a, b, rtol=1e-4):
-    scale = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(a))
+    a, b = jax.device_get((a, b))
+    scale = max(np.abs(x).max() for x in jax.tree.leaves(a))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=2e-6 * max(scale, 1.0)), a, b)
 
 
-def test_check_I1_step_gradient_is_mean_ce_gradient_plus_distillation(tiny_config):
+def test_check_I1_step_gradient_is_mean_ce_gradient_plus_distillation(built, params, whole):
     """The reference accumulates CE / b bag by bag and adds the distillation terms of the stacked outputs."""
-    _, method, data = build(tiny_config)
+    _, method, data = built(PACKED)
     batch = first_batch(data)
-    params, _ = method.init(jax.random.key(0))
-    key = jax.random.key(1)
-    _, whole = gradients(method, params, batch, key)
 
     def outputs_of(params):
-        return method.forward(params, {}, {}, batch, key, True)[0]
+        return method.forward(params, {}, {}, batch, KEY, True)[0]
 
     def ce_of_slot(params, s):
         out = outputs_of(params)
@@ -56,7 +89,7 @@ def test_check_I1_step_gradient_is_mean_ce_gradient_plus_distillation(tiny_confi
 
     slots = range(len(batch["weight"]))
     gradient = jax.jit(jax.grad(ce_of_slot))
-    accumulated = [gradient(params, s) for s in slots]
+    accumulated = [jax.device_get(gradient(params, s)) for s in slots]
     mean_ce = jax.tree.map(lambda *g: sum(g) / len(g), *accumulated)
 
     def distillation(params):
@@ -69,24 +102,18 @@ def test_check_I1_step_gradient_is_mean_ce_gradient_plus_distillation(tiny_confi
         return total - ce
 
     extra = jax.jit(jax.grad(distillation))(params)
-    close(whole, jax.tree.map(jnp.add, mean_ce, extra))
+    close(whole(PACKED)[1], jax.tree.map(np.add, mean_ce, jax.device_get(extra)))
 
 
-def test_check_I2_grad_cache_equals_padded_with_dropout_on(tiny_config):
-    _, method, data = build(tiny_config, train__batching="padded")
-    batch, key = first_batch(data), jax.random.key(1)
-    params, _ = method.init(jax.random.key(0))
-    padded, cached = (gradients(method, params, batch, key, c) for c in (False, True))
+def test_check_I2_grad_cache_equals_padded_with_dropout_on(built, params, whole):
+    _, method, data = built(PADDED)
+    padded, cached = whole(PADDED), gradients(method, params, first_batch(data), KEY, cached=True)
     np.testing.assert_allclose(padded[0], cached[0], rtol=1e-5)
     close(padded[1], cached[1])
 
 
-def test_packed_equals_padded_with_dropout_on(tiny_config):
-    _, method, packed = build(tiny_config)
-    _, _, padded = build(tiny_config, train__batching="padded")
-    key = jax.random.key(1)
-    params, _ = method.init(jax.random.key(0))
-    a, b = (gradients(method, params, first_batch(data), key) for data in (packed, padded))
+def test_packed_equals_padded_with_dropout_on(whole):
+    a, b = whole(PACKED), whole(PADDED)
     np.testing.assert_allclose(a[0], b[0], rtol=1e-5)
     close(a[1], b[1])
 
@@ -104,21 +131,19 @@ def run_steps(method, data, params, count, stage="online"):
     return current.params
 
 
-def test_check_I3_one_step_changes_all_three_networks(tiny_config):
-    _, method, data = build(tiny_config)
-    params, _ = method.init(jax.random.key(0))
+def test_check_I3_one_step_changes_all_three_networks(built, params):
+    _, method, data = built(PACKED)
     after = run_steps(method, data, params, 1)
     for group in ("S_P", "T_M", "T_G"):
         moved = [bool(jnp.any(a != b)) for a, b in zip(jax.tree.leaves(params[group]), jax.tree.leaves(after[group]))]
         assert any(moved), group
 
 
-def test_check_I4_without_weights_the_networks_train_as_if_separately(tiny_config):
+def test_check_I4_without_weights_the_networks_train_as_if_separately(tiny_config, params):
     """All lambda = 0: S_P after 10 steps equals S_P trained with no teacher in the program at all."""
     off = {f"loss__lambda_{n}": 0.0 for n in ("coral", "or", "skd", "clod")}
     _, method, data = build(tiny_config, **off)
     _, alone, _ = build(tiny_config, **off, teachers="M")
-    params, _ = method.init(jax.random.key(0))
     together = run_steps(method, data, params, 10)
     fewer = run_steps(alone, data, {k: params[k] for k in ("S_P", "T_M")}, 10)
     for group in ("S_P", "T_M"):
@@ -134,30 +159,28 @@ def test_check_I5_trailing_partial_group_causes_no_update(tiny_config):
 
 
 @pytest.mark.parametrize(
-    ("devices", "sequence", "pool"), [(2, 1, "chunked"), (8, 1, "chunked"), (2, 4, "chunked"), (2, 4, "segment")]
+    ("devices", "sequence", "pool"),
+    # Eight devices along the rows: tests/multiprocess/test_gradients.py.
+    [(2, 1, "chunked"), pytest.param(8, 1, "chunked", marks=pytest.mark.slow), (2, 4, "chunked"), (2, 4, "segment")],
 )
-def test_one_device_equals_many(tiny_config, devices, sequence, pool):
+def test_one_device_equals_many(built, params, whole, devices, sequence, pool):
     """The same global batch gives the same loss and gradients; batch-coupled terms see all slides."""
-    _, method, data = build(tiny_config, data__rows=ROWS_MULTIPLE, data__pool=pool)
-    batch, key = first_batch(data), jax.random.key(1)
-    params, _ = method.init(jax.random.key(0))
-    want = gradients(method, params, batch, key)
+    _, method, data = built(rows(pool))
+    want = whole(rows(pool))
     mesh = sharding.make_mesh(devices, sequence)
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, sharding.replicated(mesh))
-        got = gradients(method, placed, sharding.put_batch(mesh, batch), key)
+        got = gradients(method, placed, sharding.put_batch(mesh, first_batch(data)), KEY)
     np.testing.assert_allclose(want[0], got[0], rtol=1e-5)
     close(want[1], got[1])
 
 
-def test_grad_cache_divides_its_row_over_the_sequence_axis(tiny_config):
-    _, method, data = build(tiny_config, train__batching="padded")
-    batch, key = first_batch(data), jax.random.key(1)
-    params, _ = method.init(jax.random.key(0))
-    want = gradients(method, params, batch, key)
+def test_grad_cache_divides_its_row_over_the_sequence_axis(built, params, whole):
+    _, method, data = built(PADDED)
+    want = whole(PADDED)
     mesh = sharding.make_mesh(1, 4)
     with jax.set_mesh(mesh):
-        got = gradients(method, params, sharding.put_batch(mesh, batch), key, cached=True)
+        got = gradients(method, params, sharding.put_batch(mesh, first_batch(data)), KEY, cached=True)
     np.testing.assert_allclose(want[0], got[0], rtol=1e-5)
     close(want[1], got[1])
 
@@ -181,11 +204,10 @@ def compiled_step(method, batch, mesh, params):
     ("devices", "sequence", "pool"),
     [(2, 4, "chunked"), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((8, 1, "chunked"), (2, 4, "segment")))],
 )
-def test_bytes_sent_are_bounded_by_parameters_and_embeddings_whatever_the_bags(tiny_config, devices, sequence, pool):
+def test_bytes_sent_are_bounded_by_parameters_and_embeddings_whatever_the_bags(built, params, devices, sequence, pool):
     """Read from the compiled program: no patch travels, and ten times longer rows send the same bytes."""
-    cfg, method, data = build(tiny_config, data__rows=ROWS_MULTIPLE, data__pool=pool)
+    cfg, method, data = built(rows(pool))
     batch = first_batch(data)
-    params, _ = method.init(jax.random.key(0))
     mesh = sharding.make_mesh(devices, sequence)
     sent = []
     for times in (1, 10):

@@ -1,8 +1,9 @@
 """Shapes, invariances and gradient paths of G-HANet (checks C1 to C10 and C16 of the specification)."""
 
+import functools
+
 import ghanet_setup as setup
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,22 +14,35 @@ from histokd_jax.methods.ghanet.method import make_method, make_run
 PRESETS = {"faithful": FAITHFUL, "corrected": {}}
 
 
-@pytest.fixture(scope="module")
-def run():
-    return setup.small_run()
+@functools.lru_cache
+def jitted(method, *static):
+    """A bound method, compiled once per shape for all tests."""
+    return jax.jit(method, static_argnums=static)
 
 
 @pytest.fixture(scope="module")
-def params(run):
-    return jax.jit(run.init)(jax.random.key(0))[0]
+def presets():
+    """name -> (run, its parameters)."""
+    runs = {name: setup.small_run(preset) for name, preset in PRESETS.items()}
+    return {name: (run, jax.jit(run.init)(jax.random.key(0))[0]) for name, run in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def run(presets):
+    return presets["faithful"][0]
+
+
+@pytest.fixture(scope="module")
+def params(presets):
+    return presets["faithful"][1]
 
 
 def predict(run, params, batch):
-    return jax.jit(lambda p, b: run.predict(p, {}, {}, b, "pathology"))(params, batch)
+    return jitted(run.predict, 4)(params, {}, {}, batch, "pathology")
 
 
 def maps(run, params, batch):
-    return jax.tree.map(np.asarray, jax.jit(run.patch_weights)(params, batch))
+    return jax.device_get(jitted(run.patch_weights)(params, batch))
 
 
 def one(patches, layout=setup.padded, **kw):
@@ -42,19 +56,19 @@ def assert_same(a, b, atol=1e-5):
 
 @pytest.mark.parametrize("n", [5, 9, 10, 57, 5000])
 def test_C1_shapes_and_ranges(run, params, n):
-    batch = one(setup.bags((n,))[0])
+    length = max(n, 10)  # One program for the small bags.
+    batch = one(setup.bags((n,))[0], length=length)
     out, found = predict(run, params, batch), maps(run, params, batch)
     assert out["hazards"].shape == (1, 4) and np.all((out["hazards"] > 0) & (out["hazards"] < 1))
     assert np.all(np.diff(out["survival"][0]) <= 0)
     assert -4 < out["risk"][0] < 0
     np.testing.assert_allclose(out["risk"], -out["survival"].sum(axis=1), rtol=1e-6)
-    assert found["M"].shape == found["G"].shape == (3, 1, n)
+    assert found["M"].shape == found["G"].shape == (3, 1, length)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_C2_patch_order_permutes_the_maps_only(preset):
-    run = setup.small_run(PRESETS[preset])
-    params = jax.jit(run.init)(jax.random.key(0))[0]
+def test_C2_patch_order_permutes_the_maps_only(presets, preset):
+    run, params = presets[preset]
     patches, order = setup.bags((23,))[0], np.random.default_rng(3).permutation(23)
     batch, mixed = one(patches), one(patches[order])
     assert_same(predict(run, params, batch), predict(run, params, mixed))
@@ -75,18 +89,16 @@ def test_C3_padding_is_unobservable_and_k_counts_valid_patches(run, params, fill
 
 @pytest.mark.parametrize("pool", ["chunked", "segment"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_packed_rows_equal_one_bag_per_row(preset, pool):
-    run = setup.small_run(PRESETS[preset], data__pool=pool)
-    params = jax.jit(run.init)(jax.random.key(1))[0]
+def test_packed_rows_equal_one_bag_per_row(presets, preset, pool):
+    run, params = setup.small_run(PRESETS[preset], data__pool=pool), presets[preset][1]
     assert_same(
         predict(run, params, setup.batch()), predict(run, params, setup.batch(setup.padded, length=40, fill=7.0))
     )
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_C4_repeated_patches_leave_the_risk(preset):
-    run = setup.small_run(PRESETS[preset])
-    params = jax.jit(run.init)(jax.random.key(0))[0]
+def test_C4_repeated_patches_leave_the_risk(presets, preset):
+    run, params = presets[preset]
     patches = setup.bags((10,))[0]
     once, thrice = one(patches), one(np.concatenate([patches] * 3))
     assert_same(predict(run, params, once), predict(run, params, thrice))
@@ -124,23 +136,26 @@ def test_map_and_weights_equal_numpy(run, params):
     np.testing.assert_allclose(found["Q"][:, 0], e / e.sum(axis=1, keepdims=True), rtol=1e-5)
 
 
-def test_C7_tiny_bags_raise_in_faithful_and_work_in_corrected(run, params):
+def test_C7_tiny_bags_raise_in_faithful_and_work_in_corrected(presets, run, params):
     tiny = one(setup.bags((4,))[0])
     with pytest.raises(ValueError, match=r"slot 0 has 4 patches.*hsb.min_k = 1"):
         run.predict(params, {}, {}, tiny, "pathology")
     # Compiled, sizes are not known: the prediction is NaN, never a number.
     assert np.isnan(predict(run, params, tiny)["risk"][0])
-    corrected = setup.small_run({})
-    own = jax.jit(corrected.init)(jax.random.key(0))[0]
+    corrected, own = presets["corrected"]
     assert np.isfinite(predict(corrected, own, tiny)["risk"][0])
 
 
-def gradient(run, params, batch, **weights):
+def value_and_gradient(run, params, batch):
     def loss(params):
         out, _ = run.forward(params, {}, {}, batch, None, False)
         return run.objective(out, batch)[0]
 
-    return jax.jit(jax.grad(loss))(params)
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+def gradient(run, params, batch):
+    return value_and_gradient(run, params, batch)[1]
 
 
 def largest(tree):
@@ -168,7 +183,7 @@ def test_C8_reconstruction_loss_never_reaches_hsb(run, params):
 def test_C9_the_genotype_view_is_a_constant_and_the_morphology_view_is_not(params, pool):
     batch = setup.batch()
     run = setup.small_run(loss__rec_weight=0.0, data__pool=pool)
-    constant = run.networks["CAB"].apply({"params": params["CAB"]}, setup_bags(batch))[1]
+    constant = jax.jit(lambda p: run.networks["CAB"].apply({"params": p}, setup_bags(batch))[1])(params["CAB"])
 
     def frozen_map(params):
         tokens, _ = run.networks["CAB"].apply({"params": params["CAB"]}, setup_bags(batch))
@@ -243,6 +258,6 @@ def test_an_empty_slot_is_inert(run, params):
     batch = setup.batch()
     batch["segment_ids"] = np.where(batch["segment_ids"] == 2, 0, batch["segment_ids"])
     batch["weight"] = np.array([1, 0, 1, 1], np.float32)
-    grads = gradient(run, params, batch)
-    assert np.isfinite(largest(grads)) and np.isfinite(predict(run, params, batch)["risk"]).all()
-    assert jnp.isfinite(run.objective(run.forward(params, {}, {}, batch, None, False)[0], batch)[0])
+    value, grads = value_and_gradient(run, params, batch)
+    assert np.isfinite(value) and np.isfinite(largest(grads))
+    assert np.isfinite(predict(run, params, batch)["risk"]).all()

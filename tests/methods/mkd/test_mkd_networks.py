@@ -1,5 +1,7 @@
 """The three networks: sizes, initialisation, pooling, tokens, masks; checks F, G and H of the specification."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import mkd_setup as setup
@@ -21,8 +23,13 @@ def params(method):
     return jax.jit(method.init)(jax.random.key(0))[0]
 
 
+@functools.lru_cache
+def compiled(function, train):
+    return jax.jit(lambda p, b, key: function(p, {}, {}, b, key, train)[0])
+
+
 def forward(method, params, batch, key=None, train=False):
-    return jax.jit(lambda p, b: method.forward(p, {}, {}, b, key, train)[0])(params, batch)
+    return compiled(method.forward, train)(params, batch, key)
 
 
 def assert_same(a, b, tol=1e-5):

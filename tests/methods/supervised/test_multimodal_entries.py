@@ -1,5 +1,6 @@
 """TransMIL, MCAT, PORPOISE MMF and SurvPath as runs of the supervised method."""
 
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +41,7 @@ def method_of(name, groups=GROUPS, **options):
 )
 def test_training_step_and_prediction(name):
     method, batch = method_of(name), setup.batch()
-    params, extra = jax.jit(method.init)(jax.random.key(0))
+    params, extra = drawn.variables(method.init, jax.random.key(0))
 
     def loss(params):
         outputs, _ = method.forward(params, {}, extra, batch, jax.random.key(1), True)
@@ -50,10 +51,10 @@ def test_training_step_and_prediction(name):
     assert np.isfinite(value) and all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
     (mode,) = method.modes
     assert mode.name == ("both" if name in BOTH else "pathology")
-    out = jax.jit(lambda p: method.predict(p, {}, extra, batch, mode.name))(params)
+    shown = method.predict, *([method.attention] if name in BOTH else [])
+    out, *maps = jax.jit(lambda p: [function(p, {}, extra, batch, mode.name) for function in shown])(params)
     assert out["hazards"].shape == (len(setup.SIZES), setup.CLASSES) and out["risk"].shape == (len(setup.SIZES),)
-    if name in BOTH:
-        weights = method.attention(params, {}, extra, batch, mode.name)
+    for weights in maps:
         np.testing.assert_allclose(weights.sum(), len(setup.SIZES), rtol=1e-5)
 
 
@@ -71,7 +72,7 @@ def test_groups_are_required(name):
 @pytest.mark.parametrize("name", sorted(NARROW))
 def test_checkpoint_keys_cover_the_parameters(name):
     method = method_of(name)
-    params = jax.jit(method.init)(jax.random.key(0))[0]["network"]
+    params = drawn.variables(method.init, jax.random.key(0))[0]["network"]
     entry = network(name)
     table = entry.torch({**entry.options, **NARROW[name], "gene_groups": GROUPS}, setup.CLASSES)
     back = from_torch(to_torch(params, table), table)
@@ -99,8 +100,9 @@ def test_survpath_padding_option_reaches_the_network():
     outputs = []
     for padding in ("corrected", "faithful"):
         method = method_of("survpath", padding=padding, bag_size=8)
-        params, extra = jax.jit(method.init)(jax.random.key(0))
-        outputs.append(method.forward(params, {}, extra, batch, jax.random.key(1), True)[0]["logits"])
+        params, extra = drawn.variables(method.init, jax.random.key(0))
+        run = jax.jit(lambda p, e, m=method: m.forward(p, {}, e, batch, jax.random.key(1), True)[0]["logits"])
+        outputs.append(run(params, extra))
     assert jnp.abs(outputs[0] - outputs[1]).max() > 1e-5
     with pytest.raises(ValueError, match="padding"):
         method_of("survpath", padding="zeros")

@@ -1,5 +1,6 @@
 """The supervised baselines as a Method: modes, predictions, masks, and refused configurations."""
 
+import drawn
 import jax
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ FUSED = {"model__abmil__fusion": "concat"}
 
 def made(name="abmil", task="survival", **overrides):
     method = setup.small_method(name, task, **overrides)
-    return method, jax.jit(method.init)(jax.random.key(0))[0]
+    return method, drawn.variables(method.init, jax.random.key(0))[0]
 
 
 @pytest.mark.parametrize(

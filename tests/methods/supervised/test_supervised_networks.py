@@ -1,5 +1,8 @@
 """The bag baselines: sizes, invariances, attention, initialisation; checks B1 to B6 of the specification."""
 
+import functools
+
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,15 +68,19 @@ def built():
     def get(name):
         if name not in made:
             method = setup.small_method(name)
-            made[name] = method, jax.jit(method.init)(jax.random.key(3))[0]
+            made[name] = method, drawn.variables(method.init, jax.random.key(3))[0]
         return made[name]
 
     return get
 
 
+@functools.lru_cache
+def compiled(function, train):
+    return jax.jit(lambda p, b: function(p, {}, {}, b, jax.random.key(5), train)[0])
+
+
 def forward(method, params, batch, train=False):
-    run = jax.jit(lambda p, b: method.forward(p, {}, {}, b, jax.random.key(5), train)[0])
-    return run(params, batch)
+    return compiled(method.forward, train)(params, batch)
 
 
 def assert_same(a, b, tol=2e-5):
@@ -124,7 +131,7 @@ def test_B3_deep_sets_of_a_repeated_bag():
     patches = setup.bags((5,))
     for pool, factor in (("sum", 2.0), ("mean", 1.0)):
         method = setup.small_method("deepsets", model__deepsets__pool=pool)
-        params = method.init(jax.random.key(0))[0]
+        params = drawn.variables(method.init, jax.random.key(0))[0]
         once, twice = (
             forward(method, params, setup.rows([np.concatenate(patches * n)]) | setup.slot_fields(1)) for n in (1, 2)
         )
@@ -148,7 +155,7 @@ def test_B4_one_distribution_per_class(name):
     module = entry.build(NetworkSpec(setup.FEAT, 4, chunk=8), {**entry.options, **setup.NARROW[name]})
     batch = setup.batch()
     bags = Bags(*(batch[k] for k in ("patches", "segment_ids", "positions")), num_slots=4)
-    params = module.init(jax.random.key(0), bags)
+    params = drawn.variables(lambda key: module.init(key, bags), jax.random.key(0))
     maps = np.asarray(module.apply(params, bags, method="attention_maps"))
     assert maps.shape == (4, *batch["segment_ids"].shape)
     for s in range(4):
@@ -158,7 +165,7 @@ def test_B4_one_distribution_per_class(name):
 
 def test_B4_all_patches_in_one_of_ten_clusters():
     method = setup.small_method("deepattnmisl", model__deepattnmisl__clusters=10)
-    params = method.init(jax.random.key(0))[0]
+    params = drawn.variables(method.init, jax.random.key(0))[0]
     batch = setup.batch()
     batch["clusters"] = np.full_like(batch["clusters"], 4)
 
@@ -176,7 +183,7 @@ def test_B4_all_patches_in_one_of_ten_clusters():
 
 def test_deepattnmisl_means_equal_a_loop_over_slides_and_clusters():
     method = setup.small_method("deepattnmisl")
-    params = method.init(jax.random.key(1))[0]
+    params = drawn.variables(method.init, jax.random.key(1))[0]
     batch = setup.batch()
     means = forward(method, params, batch)["cluster_means"]
     layer = {k: jax.tree.map(lambda x: np.asarray(x, np.float64), v) for k, v in params["network"].items()}

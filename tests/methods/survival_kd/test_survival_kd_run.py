@@ -91,30 +91,38 @@ def test_the_student_is_deployed_without_teacher_and_genes(online, survival_dir)
     np.testing.assert_allclose(again.risk[[row[case] for case in stored.case_id]], stored.risk, atol=1e-5)
 
 
+# A weight decay that would move a teacher at rest, and the term on the order of risks.
+SETTINGS = {"fold": "0", "compare__control": False, "student__abmil__dropout": 0.0}
+SETTINGS |= {"train__wd": 0.1, "loss__lambda_order": 3.0}
+
+
 @pytest.fixture(scope="module")
-def two_stage(survival_dir, tmp_path_factory):
+def ended():
+    """Stage -> parameters that it ended with; filled by `two_stage`."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def two_stage(survival_dir, tmp_path_factory, ended):
     """Two stages on fold 0 without dropout in the student, and with no control; read only."""
-    path = tmp_path_factory.mktemp("two_stage") / "run"
-    cfg = load(survival_dir, "snn,two_stage", fold="0", compare__control=False, student__abmil__dropout=0.0)
-    run.train(cfg, path)
-    return path
-
-
-def test_the_teacher_is_bit_identical_in_the_second_stage(two_stage, survival_dir, tmp_path, monkeypatch):
-    """Weight decay included: the exported teacher is the one that the first stage ended with."""
-    ended, selected = {}, loop.selected_params
+    path, selected = tmp_path_factory.mktemp("two_stage") / "run", loop.selected_params
 
     def spy(cfg, stage, state, progress):
         params = selected(cfg, stage, state, progress)
         ended[stage.name] = jax.tree.map(lambda x: np.array(x, copy=True), params)
         return params
 
-    monkeypatch.setattr(loop, "selected_params", spy)
-    options = {"fold": "0", "compare__control": False, "train__wd": 0.1, "loss__lambda_order": 3.0}
-    run.train(load(survival_dir, "snn,two_stage", **options), tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "selected_params", spy)
+        run.train(load(survival_dir, "snn,two_stage", **SETTINGS), path)
+    return path
+
+
+def test_the_teacher_is_bit_identical_in_the_second_stage(two_stage, ended):
+    """Weight decay included: the exported teacher is the one that the first stage ended with."""
     assert list(ended) == ["teacher", "student"]
     jax.tree.map(np.testing.assert_array_equal, ended["teacher"]["teacher"], ended["student"]["teacher"])
-    exported = model_dir.load(tmp_path / "fold_0" / "model", "genomics").params["teacher"]
+    exported = model_dir.load(two_stage / "fold_0" / "model", "genomics").params["teacher"]
     jax.tree.map(np.testing.assert_array_equal, exported, ended["teacher"]["teacher"])
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), *(ended[s]["student"] for s in ended))
     assert max(jax.tree.leaves(moved)) > 0
@@ -131,8 +139,7 @@ def table(two_stage, survival_dir, tmp_path_factory):
 
 
 def cached(survival_dir, two_stage, table, **changes):
-    options = {"fold": "0", "compare__control": False, "student__abmil__dropout": 0.0}
-    options |= {"distill__table": table, "distill__teacher_run": two_stage}
+    options = {**SETTINGS, "distill__table": table, "distill__teacher_run": two_stage}
     return load(survival_dir, "cached", **{**options, **changes})
 
 

@@ -1,5 +1,6 @@
 """Every bag network on a mesh of devices: the same value and gradient as on one, and patches stay where they lie."""
 
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +45,7 @@ def test_a_mesh_gives_the_same_value_and_gradient_with_all_reduces_only(name):
         plain = Bags(x, ids, positions, len(SIZES))
         return ClusteredBags(*plain, clusters=clusters) if name == "deepattnmisl" else plain
 
-    params = jax.jit(lambda *rows: module.init(jax.random.key(0), bags(*rows)))(*arrays)
+    params = drawn.variables(lambda *rows: module.init(jax.random.key(0), bags(*rows)), *arrays)
 
     def loss(params, *rows):
         out = module.apply(params, bags(*rows), None, jnp.uint32(3))
