@@ -32,6 +32,7 @@ MODEL = {
     "gn_eps": 1e-5,
     "plane_elements": 2**22,  # numbers of one block of an attention plane
     "depthwise": "shifts",  # or grouped: the framework's convolution
+    "folded": True,  # False: equal blocks written out, which compiles several times longer
 }
 LOSS = {
     "kd_temperature": 5.0,

@@ -91,6 +91,7 @@ def default_config() -> ml_collections.ConfigDict:
                 # Numbers of one block of an attention plane; larger planes are computed in blocks of rows.
                 plane_elements=spec.plane_elements,
                 depthwise=spec.depthwise_form,
+                folded=spec.folded,
             ),
             norm=dict(running_var=UNBIASED),
             student=dict(cross_ffn_source=BLOCK_INPUT),
@@ -209,6 +210,8 @@ def paired_spec(config: ml_collections.ConfigDict, num_classes: int) -> PairedSp
         norm=NormSpec(model.bn_eps, model.bn_update, config.norm.running_var == UNBIASED, model.gn_eps),
         dtype=DTYPES[config.train.compute_dtype],
         depthwise_form=model.depthwise,
+        # Models that were written before this key existed lack it.
+        folded=model.get("folded", True),
     )
 
 

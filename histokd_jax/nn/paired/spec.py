@@ -55,6 +55,8 @@ class PairedSpec:
         and everything behind the last level stay at least float32.
       plane_elements: numbers of one block of an attention plane; a larger plane is computed in blocks of rows.
       depthwise_form: see `histokd_jax.ops.depthwise`.
+      folded: whether equal parts (both streams of the teacher, the blocks of a level) are loops over their parameters,
+        so that each is compiled once; parameters and results are the same. See `histokd_jax.nn.paired.folded`.
     """
 
     widths: tuple[int, ...] = (48, 96, 224, 448)
@@ -75,6 +77,7 @@ class PairedSpec:
     dtype: jnp.dtype | None = None
     plane_elements: int = 2**22
     depthwise_form: str = "shifts"
+    folded: bool = True
 
     def refine_width(self, channels: int) -> int:
         """Inner width of the refine unit (section 4.4)."""
