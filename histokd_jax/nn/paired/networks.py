@@ -43,7 +43,7 @@ class Head(nn.Module):
 
 def make_level(spec: PairedSpec, index: int, depth: int, **place: Any) -> Level:
     """A level of a network; `place` as for `Level.patch_embed`."""
-    inputs, patch = (3, spec.stem_patch) if index == 0 else (spec.widths[index - 1], 2)
+    inputs, patch = (spec.stem_inputs, spec.stem_patch) if index == 0 else (spec.widths[index - 1], 2)
     return Level(inputs, spec.widths[index], patch, depth, spec, **place)
 
 

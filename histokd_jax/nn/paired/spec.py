@@ -38,6 +38,7 @@ class PairedSpec:
     Attributes:
       widths: channels of the four levels.
       stem_patch: side of the first patch; the later ones have side 2.
+      stem_inputs: channels that the first patch reads: 3 of an image, or those of an encoder's tokens.
       teacher_depths: blocks per level, in each stream of the first three.
       student_depths: the same of the student.
       mlp_ratio: hidden width of every MLP over its width.
@@ -61,6 +62,7 @@ class PairedSpec:
 
     widths: tuple[int, ...] = (48, 96, 224, 448)
     stem_patch: int = 32
+    stem_inputs: int = 3
     teacher_depths: tuple[int, ...] = (2, 2, 6, 2)
     student_depths: tuple[int, ...] = (2, 2, 2, 2)
     mlp_ratio: int = 4
