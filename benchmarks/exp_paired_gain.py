@@ -17,6 +17,7 @@ Every training is a file in --workdir, so an interrupted run continues; the JSON
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import time
@@ -162,14 +163,14 @@ def main() -> None:
 
 def run(args: Any, study: Study, began: float) -> None:
     """Trains the parts that are not there."""
-    trainer, held = None, (None, None, None)
+    trainer, held, data = None, (None, None, None), functools.lru_cache(maxsize=1)(study.data)
     for seed, fold, name in parts(study):
         file = file_of(args, study, seed, fold, name)
         if file.exists() or time.perf_counter() - began > args.budget:
             continue
         trainer = trainer or Trainer(study.recipe, study.side)
         start = time.perf_counter()
-        train, test = study.data(seed, fold)
+        train, test = data(seed, fold)
         if name == TEACHER:
             params, extra, losses = trainer.teacher(train, seed)
             probs = trainer.predict(HE_IHC, test, params, extra)
