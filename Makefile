@@ -62,7 +62,7 @@ bench-smoke: install-test
 
 # Minutes of compilation each; not part of continuous integration.
 test-long: install-test
-	$(BIN)/python -m pytest -m 'long and not torch'
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'long and not torch'
 
 clean:
 	rm -rf .venv .venv-* .jax_cache build *.egg-info

@@ -32,6 +32,10 @@ MODEL = {
     "gn_eps": 1e-5,
     "plane_elements": 2**22,  # numbers of one block of an attention plane
     "depthwise": "shifts",  # or grouped: the framework's convolution
+    "folded": True,  # False: equal blocks written out, which compiles several times longer
+    # A pretrained patch encoder in the place of the random stem: a name of histokd_jax/encoders with changes of its
+    # architecture ("image=256 depth=6"), and its weights: a local file, or a folder of this library.
+    "encoder": {"name": "", "spec": "", "weights": "", "frozen": True},
 }
 LOSS = {
     "kd_temperature": 5.0,

@@ -85,11 +85,13 @@ class Stage:
       trainable: top-level parameter groups that are updated; others are left bit-identical.
       monitor_modes: inference modes over which the stopping monitor of this stage is the mean (validation AUC, or
         C-index of a survival task).
+      frozen: parts of the trained groups (names one level below) that are left bit-identical as well.
     """
 
     name: str
     trainable: tuple[str, ...]
     monitor_modes: tuple[str, ...]
+    frozen: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +131,8 @@ class Method:
       attention: (params, frozen, extra, batch, mode) -> [R, L] float32, weight of each patch within its slide.
       traced: config keys of numbers that `objective` also takes as data, so that settings which differ only in them
         can be trained by one program.
+      load: (params, extra) -> (params, extra) with parts that were trained elsewhere in the place of initial ones;
+        reads files, so it is called once, outside of any compiled program. None: everything starts as `init` says.
     """
 
     name: str
@@ -142,6 +146,7 @@ class Method:
     batch_coupled: bool
     attention: Callable[..., jax.Array] | None = None
     traced: tuple[str, ...] = ()
+    load: Callable[[Params, Extra], tuple[Params, Extra]] | None = None
 
     def mode(self, name: str) -> Mode:
         """The mode called `name`.

@@ -20,6 +20,8 @@ LAYERS = {
         *("histokd_jax.methods", "histokd_jax.nn", "histokd_jax.losses", "histokd_jax.ops", "histokd_jax.types"),
         "data_pipelines.schema",
     },
+    # Pretrained weights in the place of a stem.
+    "histokd_jax.methods.hmkd.encoder": {"histokd_jax.methods", "histokd_jax.nn", "histokd_jax.encoders"},
     "histokd_jax.utils": {"histokd_jax.utils"},
     "histokd_jax.evals": {"histokd_jax.evals", "data_pipelines"},
     "histokd_jax.tasks": {"histokd_jax.tasks", "histokd_jax.evals", "histokd_jax.types", "data_pipelines"},

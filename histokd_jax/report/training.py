@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from histokd_jax.report import plots
-from histokd_jax.report.html import Html, element, figure, join
+from histokd_jax.report.html import Cell, Html, element, figure, join, table
 from histokd_jax.report.run_dir import Run
 
 COORDINATES = frozenset({"step", "epoch", "split", "stage", "fold"})
 # What a train record holds beside loss terms: accuracies, norms, learning rate, gradient sizes, speed, memory.
 NOT_A_TERM = re.compile(
-    r"^(loss$|norm|acc|lr|learning_rate|grad|param|update|skipped|time|sec|wall|fill|mem|n_)|per_s|auc"
+    r"^(loss$|norm|acc|lr|learning_rate|grad|param|update|skipped|time|sec|wall|fill|mem|n_|input_)|per_s|auc"
 )
 Series = dict[str, tuple[np.ndarray, np.ndarray]]
 
@@ -80,7 +80,37 @@ def training_figures(run: Run, validation: Mapping[str, tuple[Callable[[str], bo
         ),
     }
     drawn = [_captioned(run, title, *group) for title, group in groups.items() if group[0]]
+    drawn += [input_table(run)] if timed_epochs(run) else []
     return join(drawn or [element("p", "No metrics.jsonl was found in this run directory.", class_="soft")])
+
+
+def timed_epochs(run: Run) -> dict[tuple[int, str], list[dict[str, Any]]]:
+    """(fold, stage) -> its training records that hold times; without the first epoch, which compiles, unless alone."""
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for fold, records in run.curves.items():
+        for record in records:
+            if record.get("split") == "train" and record.get("time_epoch") and "time_data_wait" in record:
+                found.setdefault((fold, str(record.get("stage", ""))), []).append(record)
+    return {key: records[1:] or records for key, records in found.items()}
+
+
+def input_table(run: Run) -> Html:
+    """How fast every fold was trained, and which share of the time its steps waited for input.
+
+    Args:
+      run: with at least one timed epoch.
+    """
+    rows = []
+    for (fold, stage), records in timed_epochs(run).items():
+        seconds, waited = (sum(record[name] for record in records) for name in ("time_epoch", "time_data_wait"))
+        rate = next((name for name in records[0] if name.endswith("_per_second")), None)
+        items = sum(record[rate] * record["time_epoch"] for record in records) / seconds if rate else None
+        speed = f"{items:,.0f} {rate.removesuffix('_per_second')}/s" if rate else "not recorded"
+        cells = (speed, f"{100 * waited / seconds:.1f} %", str(len(records)))
+        rows.append([f"fold {fold}, {stage}", *(Cell(text) for text in cells)])
+    caption = "Speed of the training steps, and the share of their time spent waiting for input (input-bound fraction)."
+    header = ["Training", "Speed", "Waiting for input", "Epochs"]
+    return join([element("h3", "Input"), table(header, rows, caption=caption, marks=run.marks)])
 
 
 def _total_loss(run: Run) -> dict[str, Series]:

@@ -241,6 +241,7 @@ class _StageRunner:
                 "lr": lr,
                 "time_epoch": seconds,
                 "time_data_wait": waited,
+                "input_bound_fraction": waited / seconds,
                 f"{self.job.feeder.unit}_per_second": patches / seconds,
                 "host_bytes_per_step": sent / max(progress.step - first, 1),
             },

@@ -40,12 +40,15 @@ def train_settings(
       Interrupted: a signal arrived; a checkpoint was written.
       CheckpointMismatchError: a directory holds another run.
     """
-    failed = {}
+    failed, current, built = {}, None, None
     for (name, seed), experiment in experiments.items():
         own = dataclasses.replace(experiment, cfg=configure(experiment.cfg, seed))
         title = f"{name}, seed {seed}"
+        if name != current:
+            # Seeds of a setting follow each other and share its programs.
+            current, built = name, run.build(own, folds)
         try:
-            run.train_arm(own, folds, directory(name, seed), command, stop, title, CohortCache())
+            run.train_arm(own, folds, directory(name, seed), command, stop, title, CohortCache(), built)
         except DivergedError as error:
             failed[title] = str(error)
             logging.warning("%s diverged and is given up: %s", title, error)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import jax
 import optax
@@ -66,6 +68,7 @@ def make_optimizer(
     decay_bias: bool,
     trainable: Collection[str],
     groups: Collection[str],
+    frozen: Collection[str] = (),
     name: str = ADAMW,
     betas: Sequence[float] = BETAS,
 ) -> optax.GradientTransformation:
@@ -78,6 +81,7 @@ def make_optimizer(
       decay_bias: False leaves parameters of rank < 2 without decay.
       trainable: names of the top-level parameter groups that are trained; the updates of others are exactly 0.
       groups: names of all groups.
+      frozen: names one level below, of parts of trained groups whose updates are exactly 0 as well.
       name: adamw: decay beside the gradient, p - lr (m / (sqrt(v) + eps) + wd p); adam_l2: L2 in the gradient, Adam on
         g + wd p (G-HANet specification, check C15); sgd: heavy ball on g + wd p with momentum betas[0] (CoCoFNet
         specification, section 10).
@@ -95,10 +99,21 @@ def make_optimizer(
         ADAM_L2: optax.chain(decay, adam),
         SGD: optax.chain(decay, optax.trace(betas[0])),
     }[name]
-    if set(trainable) == set(groups):
+    if set(trainable) == set(groups) and not frozen:
         return chosen
-    labels = {group: "train" if group in trainable else "frozen" for group in groups}
+    if frozen:
+        labels = functools.partial(_labels, trainable, frozen)
+    else:
+        labels = {group: "train" if group in trainable else "frozen" for group in groups}
     return optax.partition({"train": chosen, "frozen": optax.set_to_zero()}, labels)
+
+
+def _labels(trainable: Collection[str], frozen: Collection[str], params: Any) -> dict[str, Any]:
+    """ "train" or "frozen" for every part of every group."""
+    return {
+        group: {part: "train" if group in trainable and part not in frozen else "frozen" for part in tree}
+        for group, tree in params.items()
+    }
 
 
 def _check_optimizer(name: str, betas: Sequence[float]) -> None:

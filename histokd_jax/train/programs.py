@@ -43,6 +43,7 @@ class Programs:
             decay_bias=train.decay_bias,
             trainable=stage.trainable,
             groups=tuple(groups),
+            frozen=stage.frozen,
             name=train.optimizer,
             betas=train.betas,
         )

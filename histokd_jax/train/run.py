@@ -190,6 +190,14 @@ def make_programs(experiment: Experiment, method: Method) -> Programs:
     return Programs(method, experiment.cfg, sharding.make_mesh(experiment.cfg.mesh.data, experiment.cfg.mesh.sequence))
 
 
+def build(experiment: Experiment, folds: Sequence[int]) -> dict[int, Programs]:
+    """Fold -> its method and compiled steps (one object for all folds of one method). Runs that differ only in their
+    seed may share them, so that nothing is traced or compiled again."""
+    methods = make_methods(experiment, folds)
+    programs = {id(method): make_programs(experiment, method) for method in methods.values()}
+    return {k: programs[id(method)] for k, method in methods.items()}
+
+
 def open_arm(
     experiment: Experiment,
     folds: Mapping[int, FoldData],
@@ -246,6 +254,7 @@ def train_arm(
     stop: StopRequest,
     title: str,
     cohorts: CohortCache,
+    built: Mapping[int, Programs] | None = None,
 ) -> dict[str, Any]:
     """Trains the folds of one run directory that are not finished, and writes its summary.
 
@@ -257,6 +266,7 @@ def train_arm(
       stop: request to stop.
       title: shown on progress bars.
       cohorts: cohorts in device memory, kept between arms.
+      built: from `build` for the same configuration but for its seed; None: built here.
 
     Returns:
       The summary.
@@ -266,17 +276,16 @@ def train_arm(
       DivergedError: a loss became NaN or infinite.
     """
     cfg, kind = experiment.cfg, data_kinds.training(experiment.cfg)
-    methods = make_methods(experiment, numbers)
-    planned = kind.share_shapes([kind.fold_data(experiment, k, methods[k]) for k in numbers])
-    programs = {id(method): make_programs(experiment, method) for method in methods.values()}
-    mesh = programs[id(methods[numbers[0]])].mesh
+    programs = build(experiment, numbers) if built is None else built
+    planned = kind.share_shapes([kind.fold_data(experiment, k, programs[k].method) for k in numbers])
+    mesh = programs[numbers[0]].mesh
     for data in planned:
         kind.check_mesh(mesh, cfg, data)
     sources = [source for data in planned for source in (data.train, *data.evaluation.values())]
     feeder = kind.make_feeder(cfg, mesh, sources, cohorts)
     arm = open_arm(experiment, dict(zip(numbers, planned)), directory, command, title, feeder.report())
     for k in numbers:
-        job = arm.job(k, programs[id(methods[k])], feeder)
+        job = arm.job(k, programs[k], feeder)
         if not is_finished(job):
             finish_fold(job, experiment, loop.fit(arm.ready(job), stop))
     return close_arm(arm)

@@ -41,6 +41,8 @@ def init_params(method: Method, seed: int) -> tuple[Any, Any, jax.Array]:
     """Parameters, extra state and the dropout key of a run, as pure functions of the seed."""
     init_key, dropout_key = jax.random.split(jax.random.key(seed))
     params, extra = jax.jit(method.init)(init_key)
+    if method.load is not None:
+        params, extra = method.load(params, extra)
     return params, extra, dropout_key
 
 

@@ -1,5 +1,7 @@
 """The modules of CoCoFNet against an independent NumPy implementation, and the checks M1 to M7 of its specification."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from histokd_jax.nn.paired.block import Block
 from histokd_jax.nn.paired.cross import CrossBlock, SelfBlock
 from histokd_jax.nn.paired.initial import init_variables
 from histokd_jax.nn.paired.local_unit import MultiScale
-from histokd_jax.nn.paired.primitives import BatchNorm, normal
+from histokd_jax.nn.paired.primitives import BatchNorm, gelu, normal
 from histokd_jax.nn.paired.spec import FFN_SOURCES, NormSpec, PairedSpec
 from histokd_jax.ops.token_attention import GATES
 
@@ -72,6 +74,14 @@ def test_student_cross_block_equals_the_reference(source):
     found, _ = setup.training(SelfBlock(32, spec), own, setup.last(x))
     for ours, theirs in zip(found, expected):
         close(ours, theirs)
+
+
+def test_gelu_is_the_exact_form_with_its_exact_slope_down_to_the_tail():
+    x = jnp.asarray([-30.0, -9.0, -1.5, -0.1, 0.0, 0.2, 3.0, 12.0])
+    cdf = np.array([0.5 * math.erfc(-v / math.sqrt(2)) for v in x.tolist()])
+    slope = cdf + np.asarray(x) * np.exp(-0.5 * np.asarray(x) ** 2) / math.sqrt(2 * math.pi)
+    np.testing.assert_allclose(gelu(x), np.asarray(x) * cdf, rtol=1e-12)
+    np.testing.assert_allclose(jax.vmap(jax.grad(gelu))(x), slope, rtol=1e-11)
 
 
 def test_M1_sizes_of_the_multi_scale_groups():

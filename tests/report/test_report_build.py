@@ -192,3 +192,19 @@ def test_flatten_and_finite_series():
     assert dict(flatten({"a": {"b": 1}, "c": [1, 2], "d": [{"e": 3}]})) == {"a.b": 1, "c": [1, 2], "d.0.e": 3}
     x, y = plots.finite_series(iter([(1, 2.0), (1, 4.0), (0, 1.0), (2, None), (3, float("nan"))]))
     assert x.tolist() == [0, 1] and y.tolist() == [1, 3]
+
+
+def test_the_share_of_time_spent_waiting_for_input_is_told_without_the_compiling_epoch(tmp_path):
+    run = write_run(tmp_path / "er")
+    timed = [(60.0, 30.0), (4.0, 1.0), (6.0, 1.5)]
+    lines = [
+        {"step": i, "epoch": i, "split": "train", "stage": "student", "loss": 1.0, "time_epoch": seconds,
+         "time_data_wait": waited, "input_bound_fraction": waited / seconds, "images_per_second": 96.0 / seconds}
+        for i, (seconds, waited) in enumerate(timed)
+    ]  # fmt: skip
+    (run / "fold_1/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = build_report(run).read_text()
+    row = re.search(r"fold 1, student</th>(.*?)</tr>", text, re.S).group(1)
+    assert re.findall(r">([^<>]+)<", row) == ["19 images/s", "25.0 %", "2"]
+    assert not any("input_bound_fraction" in image["alt"] for image in Balanced(text).images)
+    assert "fold 0, online" not in text, "a fold without times has no row"

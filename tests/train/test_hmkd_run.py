@@ -1,4 +1,4 @@
-"""HM-KD end to end on tiny simulated pairs: two stages, a frozen teacher from another run, cached outputs, export."""
+"""HM-KD end to end on tiny simulated pairs: two stages, a teacher of another run, cached outputs, export, a sweep."""
 
 import json
 import shutil
@@ -35,10 +35,15 @@ def tiny(data, words="smoke", **changes):
 
 @pytest.fixture(scope="module")
 def two_stage(pairs_dir, tmp_path_factory):
-    """Teacher, then student; read only."""
+    """Teacher, then student, three epochs each; read only."""
     path = tmp_path_factory.mktemp("two") / "run"
-    run.train(tiny(pairs_dir), path)
+    run.train(tiny(pairs_dir, train__max_epochs=3), path)
     return path
+
+
+def lines_of(workdir, split):
+    lines = [json.loads(line) for line in (workdir / "fold_0/metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == split]
 
 
 def test_two_stages_leave_both_networks_with_their_running_statistics(two_stage):
@@ -46,8 +51,10 @@ def test_two_stages_leave_both_networks_with_their_running_statistics(two_stage)
     assert folders == {"teacher", "student", "extra_teacher", "extra_student"}
     summary = json.loads((two_stage / "summary.json").read_text())
     assert set(summary["modes"]) == {"he", "he+ihc"} and summary["modes"]["he"]["n_rows"] == 8
-    lines = [json.loads(line) for line in (two_stage / "fold_0/metrics.jsonl").read_text().splitlines()]
-    assert [line["stage"] for line in lines if line["split"] == "train"] == ["teacher", "student"]
+    lines = lines_of(two_stage, "train")
+    assert [line["stage"] for line in lines] == ["teacher"] * 3 + ["student"] * 3
+    assert json.loads((two_stage / "fold_0/fold.json").read_text())["traces"] == 2, "one step per stage is compiled"
+    assert all(0.0 <= line["input_bound_fraction"] <= 1.0 for line in lines)
 
 
 def test_the_exported_student_alone_predicts_what_the_run_predicted(two_stage, pairs_dir, tmp_path):
@@ -87,17 +94,32 @@ def test_a_teacher_of_other_widths_or_none_is_refused(two_stage, pairs_dir, tmp_
         run.train(tiny(pairs_dir, distill__teacher=tmp_path), tmp_path / "none")
 
 
-def test_the_selected_epoch_keeps_its_own_running_statistics(pairs_dir, tmp_path):
-    """T5: parameters and statistics belong to the first best epoch, so the exported network scores as recorded."""
-    cfg = tiny(pairs_dir, "smoke,teacher", train__max_epochs=3)
-    run.train(cfg, tmp_path / "run")
-    lines = [json.loads(line) for line in (tmp_path / "run/fold_0/metrics.jsonl").read_text().splitlines()]
-    monitor = [line["monitor"] for line in lines if line["split"] == "val"]
-    facts = json.loads((tmp_path / "run/fold_0/fold.json").read_text())
+def test_the_selected_epoch_keeps_its_own_running_statistics(two_stage):
+    """T5: parameters and statistics belong to the first best epoch, so the exported networks score as recorded."""
+    facts = json.loads((two_stage / "fold_0/fold.json").read_text())
+    modes = json.loads((two_stage / "summary.json").read_text())["modes"]
+    for stage, mode in (("teacher", "he+ihc"), ("student", "he")):
+        monitor = [line["monitor"] for line in lines_of(two_stage, "val") if line["stage"] == stage]
+        assert modes[mode]["metrics"]["weighted_f1"]["mean"] == pytest.approx(max(monitor), abs=1e-6), stage
     best = facts["progress"]["stopper"]["best_epoch"]
-    assert monitor[best] == max(monitor) and best == monitor.index(max(monitor))
-    summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert summary["modes"]["he+ihc"]["metrics"]["weighted_f1"]["mean"] == pytest.approx(monitor[best], abs=1e-6)
+    assert best == monitor.index(max(monitor))
+
+
+def test_a_sweep_of_the_terms_ends_with_the_table_of_what_they_bought(two_stage, pairs_dir, tmp_path, capsys):
+    """Pairs are swept one by one, with the teacher of a finished run."""
+    values = {**SETTINGS, "data.dir": str(pairs_dir), "distill.teacher": str(two_stage)}
+    arguments = ["sweep", "--config", "configs/ablations/hmkd.py:smoke", "--workdir", str(tmp_path)]
+    arguments += ["--seeds", "0", "--only", "student_alone"]
+    assert main([*arguments, *(f"--config.{key}={value}" for key, value in values.items())]) == 0
+    shown = capsys.readouterr().out
+    assert "| student_alone | 1 |" in shown and "simulated images" in shown and "## Weighted F1, mode he" in shown
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table["reference"] == "all_terms" and not table["failed"]
+    rows = {row["setting"]: row for row in table["rows"] if row["metric"] == "weighted_f1" and row["mode"] == "he"}
+    assert set(rows) == {"all_terms", "student_alone"} and rows["student_alone"]["difference"] is not None
+    for setting in rows:
+        assert (tmp_path / setting / "seed_0" / "fold_0" / "model" / "student").is_dir()
+        assert not (tmp_path / setting / "seed_0" / "control").exists()
 
 
 def test_attention_of_teacher_and_student_is_written_and_drawn_side_by_side(two_stage, pairs_dir, tmp_path):

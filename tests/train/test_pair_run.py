@@ -88,6 +88,9 @@ def test_the_run_directory_holds_what_that_of_bags_holds(trained, pairs_dir):
     assert facts["packing"]["0"] == {"examples_per_step": 8, "epochs": 3, "steps_per_epoch": 2, "fill": 1.0}
     lines = [json.loads(line) for line in (trained / "fold_0/metrics.jsonl").read_text().splitlines()]
     assert all("images_per_second" in line for line in lines if line["split"] == "train")
+    waits = [line["input_bound_fraction"] for line in lines if line["split"] == "train"]
+    assert len(waits) == 3 and all(0.0 <= wait <= 1.0 for wait in waits)
+    assert "Waiting for input" in (trained / "report.html").read_text()
     assert all("weighted_f1_both" in line for line in lines if line["split"] == "val")
     assert json.loads((trained / "fold_0/fold.json").read_text())["traces"] == 1
 

@@ -60,7 +60,7 @@ def do_sweep(settings, path, seeds=SEEDS, **options):
 
 def records(path):
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    noise = ("time_epoch", "time_data_wait", "patches_per_second")
+    noise = ("time_epoch", "time_data_wait", "input_bound_fraction", "patches_per_second")
     return [{k: v for k, v in line.items() if k not in noise} for line in lines]
 
 

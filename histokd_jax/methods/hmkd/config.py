@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import ml_collections
 
+from histokd_jax.methods.hmkd import encoder
 from histokd_jax.methods.hmkd.images import FLIP_MODES, INDEPENDENT, PAIRED
 from histokd_jax.methods.hmkd.objective import COS_FEATURES, MAPS, REDUCTIONS, STUDENT, TEACHER, ObjectiveSpec
 from histokd_jax.methods.settings import lookup
@@ -91,6 +92,9 @@ def default_config() -> ml_collections.ConfigDict:
                 # Numbers of one block of an attention plane; larger planes are computed in blocks of rows.
                 plane_elements=spec.plane_elements,
                 depthwise=spec.depthwise_form,
+                folded=spec.folded,
+                # A pretrained patch encoder in the place of the stem, see `encoder`.
+                encoder=dict(encoder.DEFAULTS),
             ),
             norm=dict(running_var=UNBIASED),
             student=dict(cross_ffn_source=BLOCK_INPUT),
@@ -149,6 +153,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _require_maps(config)
     _validate_sizes(config)
     _validate_combinations(config)
+    encoder.validate(config)
 
 
 def _require_maps(config: ml_collections.ConfigDict) -> None:
@@ -209,6 +214,8 @@ def paired_spec(config: ml_collections.ConfigDict, num_classes: int) -> PairedSp
         norm=NormSpec(model.bn_eps, model.bn_update, config.norm.running_var == UNBIASED, model.gn_eps),
         dtype=DTYPES[config.train.compute_dtype],
         depthwise_form=model.depthwise,
+        # Models that were written before this key existed lack it.
+        folded=model.get("folded", True),
     )
 
 

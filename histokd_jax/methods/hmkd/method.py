@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from histokd_jax.methods.hmkd import cache, images
+from histokd_jax.methods.hmkd import cache, encoder, images
 from histokd_jax.methods.hmkd import objective as objectives
 from histokd_jax.methods.hmkd.config import (
     CACHED,
@@ -29,6 +29,7 @@ from histokd_jax.methods.hmkd.config import (
     validate,
 )
 from histokd_jax.methods.hmkd.objective import STUDENT, TEACHER
+from histokd_jax.nn.paired.encoded import Encoded, StemEncoder
 from histokd_jax.nn.paired.initial import init_variables
 from histokd_jax.nn.paired.networks import Student, Teacher
 from histokd_jax.nn.paired.spec import LEVELS, PairedSpec
@@ -236,18 +237,24 @@ def _variables(name: str, params: Params, frozen: Params, extra: Extra) -> dict[
     return {"params": params[name], "batch_stats": extra[name]}
 
 
-def _stages(names: tuple[str, ...]) -> tuple[Stage, ...]:
-    return tuple(Stage(name, (name,), (_MODE_OF[name],)) for name in names)
+def _stages(names: tuple[str, ...], frozen: tuple[str, ...]) -> tuple[Stage, ...]:
+    return tuple(Stage(name, (name,), (_MODE_OF[name],), frozen) for name in names)
+
+
+def _network(name: str, spec: PairedSpec, stem: StemEncoder | None) -> nn.Module:
+    if stem is not None:
+        return Encoded(spec, stem, paired=name == TEACHER)
+    return Teacher(spec) if name == TEACHER else Student(spec)
 
 
 def make_run(config: ml_collections.ConfigDict, data: DataSpec) -> _HmKd:
     """The networks and switches of a validated configuration, see `make_method`."""
     trained, taught = groups(config), distils(config)
     spec = paired_spec(config, data.num_classes)
-    modules = {TEACHER: Teacher(spec), STUDENT: Student(spec)}
+    stem = encoder.stem_of(config)
     present = (TEACHER, STUDENT) if taught and STUDENT in trained else trained
     return _HmKd(
-        networks={name: modules[name] for name in present},
+        networks={name: _network(name, spec, stem) for name in present},
         trained=trained,
         spec=spec,
         objective_spec=objective_spec(config),
@@ -301,8 +308,11 @@ def make_method(config: ml_collections.ConfigDict, data: DataSpec) -> Method:
         raise ValueError(f"classification needs at least 2 classes, the data set has {data.num_classes}")
     run = make_run(config, data)
     size = getattr(data, "image_size", None)
+    stem = encoder.stem_of(config)
     if size is not None:
         run.spec.check_size(*size)
+        if stem is not None:
+            stem.spec.check_image(*size)
     modes = run.modes()
     wanted = config.get("infer", {}).get("mode", modes[0].name)
     if wanted not in [mode.name for mode in modes]:
@@ -315,8 +325,13 @@ def make_method(config: ml_collections.ConfigDict, data: DataSpec) -> Method:
         predict=run.predict,
         attention=run.attention,
         modes=modes,
-        stages=_stages(run.trained),
+        stages=_stages(run.trained, encoder.PARTS if stem is not None and stem.frozen else ()),
         requires=_PAIRED if run.distils or TEACHER in run.trained else _ALONE,
         # Batch norms couple the examples of a step.
         batch_coupled=True,
+        load=None if stem is None else functools.partial(_load, config),
     )
+
+
+def _load(config: ml_collections.ConfigDict, params: Params, extra: Extra) -> tuple[Params, Extra]:
+    return encoder.with_weights(encoder.read_weights(config), params, extra)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -104,8 +106,12 @@ class Level(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """[B, H, W, inputs] to [B, H // patch, W // patch, C]."""
-        spec = self.spec
-        x = PatchEmbed(self.inputs, self.features, self.patch, spec.norm, spec.dtype, name="patch")(x, train)
+        x = self.patch_embed(name="patch")(x, train)
         for i in range(self.depth):
-            x = Block(self.features, spec, name=f"block_{i}")(x, train)
+            x = Block(self.features, self.spec, name=f"block_{i}")(x, train)
         return x
+
+    @nn.nowrap
+    def patch_embed(self, **place: Any) -> PatchEmbed:
+        """The patch layer, as a submodule of a `name`, or unbound with `parent=None`."""
+        return PatchEmbed(self.inputs, self.features, self.patch, self.spec.norm, self.spec.dtype, **place)

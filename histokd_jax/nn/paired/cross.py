@@ -46,8 +46,9 @@ class Side(nn.Module):
         self.norm2 = BatchNorm(width, spec.norm)
         self.mlp = Mlp(width, spec, norms=True)
 
-    def project(self, normed: jax.Array) -> Projected:
-        """Queries, keys and values of a normed grid; one query map is shared by all expanded keys."""
+    def project(self, x: jax.Array, train: bool) -> Projected:
+        """Queries, keys and values of a grid, its norm included; one query map is shared by all expanded keys."""
+        normed = self.norm1(x, train)
         queries, keys, values = separable_together((self.query, self.key, self.value), normed)
         return Projected(tokens(queries)[:, :, None], expanded_tokens(keys, self.spec.attn_expand), tokens(values))
 
@@ -59,6 +60,12 @@ class Side(nn.Module):
     def feed(self, x: jax.Array, train: bool) -> jax.Array:
         """The FFN branch of a grid, its norm included."""
         return self.mlp(self.norm2(x, train), train)
+
+    def respond(self, x: jax.Array, queries: jax.Array, own: Projected, train: bool) -> tuple[jax.Array, jax.Array]:
+        """(x [B, H, W, C] behind attention and FFN, map [B, N, N]) for the queries of the other stream."""
+        update, found = self.answer(queries, own, x.shape, train)
+        x = x + update
+        return x + self.feed(x, train), found
 
 
 class CrossBlock(nn.Module):
@@ -79,11 +86,10 @@ class CrossBlock(nn.Module):
 
     def __call__(self, a: jax.Array, b: jax.Array, train: bool) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """(a, b [B, H, W, C]) to (a, b, A_a [B, N, N], A_b)."""
-        own_a, own_b = self.a.project(self.a.norm1(a, train)), self.b.project(self.b.norm1(b, train))
-        update_a, map_a = self.a.answer(own_b.queries, own_a, a.shape, train)
-        update_b, map_b = self.b.answer(own_a.queries, own_b, b.shape, train)
-        a, b = a + update_a, b + update_b
-        return a + self.a.feed(a, train), b + self.b.feed(b, train), map_a, map_b
+        own_a, own_b = self.a.project(a, train), self.b.project(b, train)
+        a, map_a = self.a.respond(a, own_b.queries, own_a, train)
+        b, map_b = self.b.respond(b, own_a.queries, own_b, train)
+        return a, b, map_a, map_b
 
 
 class SelfBlock(nn.Module):
@@ -103,7 +109,7 @@ class SelfBlock(nn.Module):
 
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
         """x [B, H, W, C] to (x, A_a [B, N, N])."""
-        own = self.a.project(self.a.norm1(x, train))
+        own = self.a.project(x, train)
         update, found = self.a.answer(own.queries, own, x.shape, train)
         middle = x + update
         source = middle if self.spec.cross_ffn_source == ATTENTION_OUTPUT else x

@@ -6,6 +6,7 @@ compile. The distributions are those of the modules.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -29,9 +30,7 @@ def init_variables(module: nn.Module, key: jax.Array, *shapes: tuple[int, ...]) 
       {"params", "batch_stats"}, float32: kernels normal with the stated spread (section 7), scales and running
       variances 1, all else 0.
     """
-    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    like = jax.eval_shape(module.init, key, *inputs)
-    leaves, tree = jax.tree_util.tree_flatten_with_path(dict(like))
+    leaves, tree = jax.tree_util.tree_flatten_with_path(dict(_variable_shapes(module, shapes)))
     sizes = [leaf.size if leaf.ndim >= 2 else 0 for _, leaf in leaves]
     drawn, start, found = jax.random.normal(key, (sum(sizes),)), 0, []
     for (path, leaf), size in zip(leaves, sizes):
@@ -43,3 +42,10 @@ def init_variables(module: nn.Module, key: jax.Array, *shapes: tuple[int, ...]) 
         found.append(value.astype(jnp.float32))
         start += size
     return jax.tree.unflatten(tree, found)
+
+
+@functools.lru_cache(maxsize=16)
+def _variable_shapes(module: nn.Module, shapes: tuple[tuple[int, ...], ...]) -> dict[str, Any]:
+    """Shapes of the variables; found by tracing, which takes seconds for the full networks, so once per process."""
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.eval_shape(module.init, jax.random.key(0), *inputs)

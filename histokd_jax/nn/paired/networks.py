@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from histokd_jax.nn.paired import folded
 from histokd_jax.nn.paired.block import Level
-from histokd_jax.nn.paired.cross import CrossBlock, SelfBlock
+from histokd_jax.nn.paired.cross import CrossBlock, SelfBlock, Side
+from histokd_jax.nn.paired.folded import STATISTICS
 from histokd_jax.nn.paired.primitives import BatchNorm, GroupNorm, Linear
 from histokd_jax.nn.paired.spec import LEVELS, PairedSpec
 
@@ -37,13 +41,14 @@ class Head(nn.Module):
         return {"f3": f3, "feat": feat, "logits": Linear(spec.head_hidden, spec.num_classes, name="logits")(feat)}
 
 
-def _level(spec: PairedSpec, index: int, depth: int) -> Level:
-    inputs, patch = (3, spec.stem_patch) if index == 0 else (spec.widths[index - 1], 2)
-    return Level(inputs, spec.widths[index], patch, depth, spec)
+def make_level(spec: PairedSpec, index: int, depth: int, **place: Any) -> Level:
+    """A level of a network; `place` as for `Level.patch_embed`."""
+    inputs, patch = (spec.stem_inputs, spec.stem_patch) if index == 0 else (spec.widths[index - 1], 2)
+    return Level(inputs, spec.widths[index], patch, depth, spec, **place)
 
 
-class Teacher(nn.Module):
-    """Two pyramids that exchange information after each of three levels, and a joint fourth level of their sum.
+class _Network(nn.Module):
+    """What both networks share: parts are written out to initialise them, and else folded if the spec says so.
 
     Attributes:
       spec: the architecture.
@@ -51,13 +56,32 @@ class Teacher(nn.Module):
 
     spec: PairedSpec
 
+    @nn.nowrap
+    def _is_folded(self) -> bool:
+        return self.spec.folded and not self.is_initializing()
+
+    @nn.nowrap
+    def _record(self, statistics: dict[str, Any]) -> None:
+        """Keeps the running statistics of folded parts."""
+        if self.is_mutable_collection(STATISTICS):
+            for name, tree in statistics.items():
+                self.put_variable(STATISTICS, name, tree)
+
+
+class Teacher(_Network):
+    """Two pyramids that exchange information after each of three levels, and a joint fourth level of their sum.
+
+    Attributes:
+      spec: the architecture.
+    """
+
     def setup(self) -> None:
         """Declares the levels."""
         spec, depths = self.spec, self.spec.teacher_depths
-        self.stream_a = [_level(spec, i, depths[i]) for i in range(LEVELS)]
-        self.stream_b = [_level(spec, i, depths[i]) for i in range(LEVELS)]
+        self.stream_a = [make_level(spec, i, depths[i]) for i in range(LEVELS)]
+        self.stream_b = [make_level(spec, i, depths[i]) for i in range(LEVELS)]
         self.cross_update = [CrossBlock(spec.widths[i], spec) for i in range(LEVELS)]
-        self.fused = _level(spec, LEVELS, depths[LEVELS])
+        self.fused = make_level(spec, LEVELS, depths[LEVELS])
         self.head = Head(spec.widths[LEVELS], spec)
 
     def __call__(self, a: jax.Array, b: jax.Array, train: bool = False) -> Found:
@@ -77,6 +101,8 @@ class Teacher(nn.Module):
         if a.shape != b.shape:
             raise ValueError(f"the stains of a pair must have one shape, got {a.shape} and {b.shape}")
         self.spec.check_size(*a.shape[1:3])
+        if self._is_folded():
+            return self._folded(jnp.stack([a, b]), train)
         found = {}
         for i in range(LEVELS):
             a, b = self.stream_a[i](a, train), self.stream_b[i](b, train)
@@ -84,22 +110,38 @@ class Teacher(nn.Module):
             found[f"stream_a{i}"] = a
         return found | self.head(self.fused(a + b, train), train)
 
+    @nn.nowrap
+    def _folded(self, x: jax.Array, train: bool) -> Found:
+        """The same for both stains in one array [2, B, H, W, 3]."""
+        spec, own, found, stats = self.spec, self.variables, {}, {}
+        for i in range(LEVELS):
+            names, module = (f"stream_a_{i}", f"stream_b_{i}"), make_level(spec, i, spec.teacher_depths[i], parent=None)
+            x, new = folded.stream_pair(module, [folded.part(own, name) for name in names], x, train)
+            stats |= dict(zip(names, new))
+            side, name = Side(spec.widths[i], spec, parent=None), f"cross_update_{i}"
+            both = [folded.part(folded.part(own, name), stream) for stream in "ab"]
+            x, maps, new = folded.cross_pair(side, both, x, train)
+            stats[name] = dict(zip("ab", new))
+            found |= {f"map_a{i}": maps[0], f"map_b{i}": maps[1], f"stream_a{i}": x[0]}
+        last = make_level(spec, LEVELS, spec.teacher_depths[LEVELS], parent=None)
+        x, stats["fused"] = folded.level(last, folded.part(own, "fused"), x[0] + x[1], train)
+        self._record(stats)
+        return found | self.head(x, train)
 
-class Student(nn.Module):
+
+class Student(_Network):
     """The H&E pyramid alone, with maps of the same shapes as those of the teacher.
 
     Attributes:
       spec: the architecture.
     """
 
-    spec: PairedSpec
-
     def setup(self) -> None:
         """Declares the levels."""
         spec, depths = self.spec, self.spec.student_depths
-        self.stream_a = [_level(spec, i, depths[i]) for i in range(LEVELS)]
+        self.stream_a = [make_level(spec, i, depths[i]) for i in range(LEVELS)]
         self.cross_update = [SelfBlock(spec.widths[i], spec) for i in range(LEVELS)]
-        self.joint = _level(spec, LEVELS, depths[LEVELS])
+        self.joint = make_level(spec, LEVELS, depths[LEVELS])
         self.head = Head(spec.widths[LEVELS], spec)
 
     def __call__(self, x: jax.Array, train: bool = False) -> Found:
@@ -118,6 +160,16 @@ class Student(nn.Module):
         self.spec.check_size(*x.shape[1:3])
         found = {}
         for i in range(LEVELS):
-            x, found[f"map_a{i}"] = self.cross_update[i](self.stream_a[i](x, train), train)
+            x, found[f"map_a{i}"] = self.cross_update[i](self._level(i, x, train), train)
             found[f"stream_a{i}"] = x
-        return found | self.head(self.joint(x, train), train)
+        return found | self.head(self._level(LEVELS, x, train), train)
+
+    @nn.nowrap
+    def _level(self, i: int, x: jax.Array, train: bool) -> jax.Array:
+        if not self._is_folded():
+            return ([*self.stream_a, self.joint][i])(x, train)
+        name = "joint" if i == LEVELS else f"stream_a_{i}"
+        module = make_level(self.spec, i, self.spec.student_depths[i], parent=None)
+        x, stats = folded.level(module, folded.part(self.variables, name), x, train)
+        self._record({name: stats})
+        return x

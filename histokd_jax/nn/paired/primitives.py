@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -25,9 +26,23 @@ def normal(std: float) -> nn.initializers.Initializer:
     return init
 
 
+@jax.custom_jvp
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact (error-function) form."""
-    return jax.nn.gelu(x, approximate=False)
+    """The exact (error-function) form; a loop over blocks keeps one array of it for the backward pass, its slope."""
+    return x * _normal_cdf(x)
+
+
+@gelu.defjvp
+def _gelu_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    (x,), (t,) = primals, tangents
+    cdf = _normal_cdf(x)
+    density = jnp.exp(-0.5 * x * x) * jnp.asarray(math.sqrt(0.5 / math.pi), x.dtype)
+    return x * cdf, t * (cdf + x * density)
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    """Standard normal distribution function; erfc keeps its lower tail exact."""
+    return 0.5 * lax.erfc(x * jnp.asarray(-math.sqrt(0.5), x.dtype))
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
@@ -182,15 +197,15 @@ class BatchNorm(nn.Module):
           Array like `x`.
         """
         wide = at_least_float32(x)
+        axes = tuple(range(x.ndim - 1))
+        mean, var = (jnp.mean(wide, axes), None) if train else self.running()
+        # One array for the variance, the result and the backward pass of both.
+        centred = wide - per_channel(mean, x.ndim)
         if train:
-            axes = tuple(range(x.ndim - 1))
-            mean = jnp.mean(wide, axes)
-            var = jnp.mean(jnp.square(wide - per_channel(mean, x.ndim)), axes)
+            var = jnp.mean(centred * centred, axes)
             self.record(mean, var, x.size // self.features)
-        else:
-            mean, var = self.running()
-        mean, multiplier, shift = (per_channel(v, x.ndim) for v in self.factors(mean, var))
-        return ((wide - mean) * multiplier + shift).astype(x.dtype)
+        _, multiplier, shift = self.factors(mean, var)
+        return (centred * per_channel(multiplier, x.ndim) + per_channel(shift, x.ndim)).astype(x.dtype)
 
     def running(self) -> tuple[jax.Array, jax.Array]:
         """(mean, variance) [C] for inference."""
@@ -244,7 +259,7 @@ class GroupNorm(nn.Module):
         x = at_least_float32(x)
         axes = tuple(range(1, x.ndim))
         centred = x - jnp.mean(x, axes, keepdims=True)
-        unit = centred * lax.rsqrt(jnp.mean(jnp.square(centred), axes, keepdims=True) + self.eps)
+        unit = centred * lax.rsqrt(jnp.mean(centred * centred, axes, keepdims=True) + self.eps)
         return unit * per_channel(scale, x.ndim) + per_channel(bias, x.ndim)
 
 

@@ -38,6 +38,7 @@ class PairedSpec:
     Attributes:
       widths: channels of the four levels.
       stem_patch: side of the first patch; the later ones have side 2.
+      stem_inputs: channels that the first patch reads: 3 of an image, or those of an encoder's tokens.
       teacher_depths: blocks per level, in each stream of the first three.
       student_depths: the same of the student.
       mlp_ratio: hidden width of every MLP over its width.
@@ -55,10 +56,13 @@ class PairedSpec:
         and everything behind the last level stay at least float32.
       plane_elements: numbers of one block of an attention plane; a larger plane is computed in blocks of rows.
       depthwise_form: see `histokd_jax.ops.depthwise`.
+      folded: whether equal parts (both streams of the teacher, the blocks of a level) are loops over their parameters,
+        so that each is compiled once; parameters and results are the same. See `histokd_jax.nn.paired.folded`.
     """
 
     widths: tuple[int, ...] = (48, 96, 224, 448)
     stem_patch: int = 32
+    stem_inputs: int = 3
     teacher_depths: tuple[int, ...] = (2, 2, 6, 2)
     student_depths: tuple[int, ...] = (2, 2, 2, 2)
     mlp_ratio: int = 4
@@ -75,6 +79,7 @@ class PairedSpec:
     dtype: jnp.dtype | None = None
     plane_elements: int = 2**22
     depthwise_form: str = "shifts"
+    folded: bool = True
 
     def refine_width(self, channels: int) -> int:
         """Inner width of the refine unit (section 4.4)."""
