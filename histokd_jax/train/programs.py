@@ -44,6 +44,8 @@ class Programs:
             groups=tuple(groups),
             name=train.optimizer,
             betas=train.betas,
+            clip_norm=train.get("clip_norm", 0.0),
+            undecayed=stage.undecayed,
         )
 
     def start(
