@@ -3,7 +3,7 @@
     histokd train --config configs/momkd.py:er,fold=all --workdir runs/momkd --config.data.dir=DATASET
 
 Words: er, pr, her2 (task), faithful (the authors' quirks), paper_hparams (the numbers of the paper), fixed_memory,
-ema_memory (how the memories move), baseline (slide alone, plain attention), slide_only (alignment of slides alone), smoke.
+ema_memory (how the memories move), baseline (slide alone, plain attention), slide_only (no genes), smoke.
 Settings: fold=all|0..4, task=NAME, seed=N. The data set needs patch coordinates.
 """
 

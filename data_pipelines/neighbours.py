@@ -1,7 +1,7 @@
 """Spatial neighbours of patches: the lists from which graph networks make their edges (MoMKD specification, section 2).
 
-A list depends on the coordinates alone: ties are broken by (y, x), so that it is the same whatever order the patches are
-stored in and whatever part of a bag is read with them.
+A list depends on the coordinates alone: ties are broken by (y, x), so that it is the same whatever order the patches
+are stored in.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ Batch = Mapping[str, jax.Array]
 patches      [R, L, D] float16/float32  rows of patch embeddings; padding rows may hold anything, even NaN
 segment_ids  [R, L]    int32            0 = padding, 1..S = slot of the slide within the *step* (a slide may span rows)
 positions    [R, L]    int32            index of the patch within its bag, 0-based; seeds per-patch dropout
-neighbours   [R, L, k] int32            places from a patch to each of its nearest neighbours on the slide, in the stream
-                                        of all patches of the step; 0 = none (only if the method asks for them)
+neighbours   [R, L, k] int32            places from a patch to each of its nearest neighbours on the slide, in the
+                                        stream of all patches of the step; 0 = none (only if the method asks for them)
 weight       [S]       float32          1 for a real slide, 0 for an empty slot
 slide_index  [S]       int32            row of the slide in the manifest (number of the sample if a sample is all slides
                                         of its case), -1 for an empty slot

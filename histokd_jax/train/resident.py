@@ -107,7 +107,8 @@ class ResidentPlan:
       live_tables: slot tables that are on the devices at one time.
 
     Raises:
-      ValueError: unknown dtype, coordinates, clusters or neighbours wanted, or rows that cannot be divided over the devices.
+      ValueError: unknown dtype, coordinates, clusters or neighbours wanted, or rows that cannot be divided over the
+        devices.
     """
 
     def __init__(self, mesh: Mesh, sources: Sequence[StepSource], dtype: str = STORED, live_tables: int = 3):

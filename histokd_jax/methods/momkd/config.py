@@ -189,31 +189,33 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
         )
     if memory.update != GRADIENT and config.commit.move_codes:
         raise ValueError(
-            f"commit.move_codes = True moves the codes by gradients, but memory.update = {memory.update!r}; use 'gradient'"
+            f"commit.move_codes = True moves codes by gradients, but memory.update = {memory.update!r}; use 'gradient'"
         )
     if memory.update == EMA and config.train.batching == "grad_cache":
         raise ValueError(
-            "memory.update = 'ema' follows the patches of a step, which train.batching = 'grad_cache' does not keep; use "
-            "'packed'"
+            "memory.update = 'ema' follows the patches of a step, which train.batching = 'grad_cache' does not keep; "
+            "use 'packed'"
         )
     if memory.update != GRADIENT and memory.renormalise:
         raise ValueError(
-            f"memory.renormalise = True renormalises after updates by gradients, but memory.update = {memory.update!r}, "
-            "which keeps unit norms anyway: set it to False"
+            f"memory.renormalise = True follows updates by gradients, but memory.update = {memory.update!r}, which keeps "
+            "unit norms anyway: set it to False"
         )
 
 
-def network_spec(config: ml_collections.ConfigDict, feat_dim: int, num_genes: int) -> NetworkSpec:
+def network_spec(config: ml_collections.ConfigDict, feat_dim: int, num_genes: int, num_classes: int = 2) -> NetworkSpec:
     """The architecture that a validated config asks for.
 
     Args:
       config: see `validate`.
       feat_dim: patch-embedding width of the data.
       num_genes: K of the data; 0: no gene branch.
+      num_classes: outputs of the classifier.
     """
     model, attention = config.model, config.attention
     return NetworkSpec(
         feat_dim=feat_dim,
+        num_classes=num_classes,
         num_genes=num_genes,
         width=model.d,
         gene_width=model.d_gene,

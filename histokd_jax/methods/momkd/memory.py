@@ -174,7 +174,7 @@ def temperature(log_tau: jax.Array) -> jax.Array:
 def moved(codes: jax.Array, q: jax.Array, label: jax.Array, where: jax.Array, momentum: float) -> jax.Array:
     """The moving average of section 4: codes after the patches of a step, without gradient.
 
-    `c_j <- normalise(m c_j + (1 - m) mean of the q assigned to j)`; codes that nothing was assigned to stay as they are.
+    `c_j <- normalise(m c_j + (1 - m) mean of the q assigned to j)`; codes without patches stay as they are.
 
     Args:
       codes: [2, n, S].

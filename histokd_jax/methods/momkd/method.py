@@ -136,6 +136,7 @@ class MoMkd:
         Raises:
           ValueError: a class has fewer patches than codes.
         """
+        self._check_classes()
         pools = class_pools(self._spheres(params, extra, batches()), self.pool_size, seed)
         found = np.stack([spherical_kmeans(pool.vectors, self.spec.codes, self.iterations) for pool in pools])
         return self._with_codes(params, extra, jnp.asarray(found))
@@ -189,6 +190,7 @@ class MoMkd:
 
     def details(self, params: Params, extra: Extra, batch: Batch, key: jax.Array | None = None) -> dict[str, Any]:
         """All results of a forward pass: those of `forward`, "pooled", "gene_embedding", and "patches": `Encoded`."""
+        self._check_classes()
         codes, slots = self.codes(params, extra), batch["weight"].shape[0]
         outputs = self.slide_net.apply({"params": params[SLIDE]}, _graphs(batch), codes, _seed(key, 0))
         patches: Encoded = outputs["patches"]
@@ -217,6 +219,13 @@ class MoMkd:
         """Scalar loss and metrics, see `histokd_jax.methods.momkd.objective`; `values` as in `Method.objective`."""
         spec = self.objective_spec if values is None else self.objective_spec.with_values(values)
         return objectives.objective(spec, outputs, batch, step, stage)
+
+    def _check_classes(self) -> None:
+        if self.spec.num_classes != 2:
+            raise ValueError(
+                f"MoMKD has a memory for each of two classes, the data set has {self.spec.num_classes}: choose a task "
+                "of two classes"
+            )
 
     def after_update(self, params: Params) -> Params:
         """Codes scaled to unit length."""
@@ -292,8 +301,6 @@ def _validate_data(config: ml_collections.ConfigDict, data: DataSpec) -> None:
             f"the data set holds embeddings of width {data.feat_dim}, but data.feat_dim = {config.data.feat_dim}: "
             "set data.feat_dim to the width of the patch encoder, or to 0 to take it from the data"
         )
-    if data.num_classes != 2:
-        raise ValueError(f"MoMKD has a memory for each of two classes, the data set has {data.num_classes} classes")
 
 
 def make_run(config: ml_collections.ConfigDict, data: DataSpec) -> MoMkd:
@@ -310,7 +317,7 @@ def make_run(config: ml_collections.ConfigDict, data: DataSpec) -> MoMkd:
     _validate_data(config, data)
     stored = config.memory
     return MoMkd(
-        network_spec(config, data.feat_dim, data.num_genes),
+        network_spec(config, data.feat_dim, data.num_genes, data.num_classes),
         objective_spec(config),
         update=stored.update,
         momentum=stored.momentum,

@@ -32,6 +32,7 @@ class NetworkSpec:
 
     Attributes:
       feat_dim: patch-embedding width.
+      num_classes: outputs of the classifier. The losses know two classes only.
       num_genes: K; 0: there is no gene branch.
       width: D of the slide encoder.
       gene_width: D_r, width of the gene embedding.
@@ -53,6 +54,7 @@ class NetworkSpec:
     """
 
     feat_dim: int = 1536
+    num_classes: int = 2
     num_genes: int = 768
     width: int = 512
     gene_width: int = 512
@@ -113,7 +115,8 @@ class SlideNet(nn.Module):
         self.patch_proj = self._affine(spec.width, spec.sphere)
         self.slide_proj = self._affine(spec.width, spec.sphere)
         self.head_norm = LayerNorm(spec.width)
-        self.head_dense, self.head_out = self._affine(spec.width, spec.head_hidden), self._affine(spec.head_hidden, 2)
+        self.head_dense = self._affine(spec.width, spec.head_hidden)
+        self.head_out = self._affine(spec.head_hidden, spec.num_classes)
         if spec.pool == MEMORY_POOL and spec.learn_tau:
             self.log_tau = self.param("log_tau", nn.initializers.constant(math.log(spec.tau)), ())
         if spec.pool == GATED:
@@ -213,7 +216,7 @@ class GeneNet(nn.Module):
         return Affine(fan_in, features, TORCH_DEFAULT, self.spec.dtype)
 
     def __call__(self, genes: jax.Array, seed: jax.Array | None = None) -> dict[str, jax.Array]:
-        """{"gene" [slots, S] unit vectors, "gene_embedding" [slots, D_r], "reconstruction" [slots, K]} of [slots, K]."""
+        """{"gene" [slots, S] unit vectors, "gene_embedding" [slots, D_r], "reconstruction" [slots, K]}."""
         hidden = self._dropped(jax.nn.relu(self.encode_norm(self.encode_dense(genes))), seed, 0)
         embedding = self.encode_out(hidden)
         back = self._dropped(jax.nn.relu(self.decode_norm(self.decode_dense(embedding))), seed, 1)

@@ -82,7 +82,7 @@ def slide_terms(spec: ObjectiveSpec, outputs: Outputs, batch: Batch) -> dict[str
       spec: weights and constants.
       outputs: "logits" [S, 2], "gap_slide", "commit", "orth" [S], and with a gene branch "gap_gene" [S] and
         "reconstruction" [S, K].
-      batch: "weight", "label" [S], and with a gene branch "genes" [S, K] and, if some slides lack them, "has_genes" [S].
+      batch: "weight", "label" [S], and with a gene branch "genes" [S, K] and, if some slides lack them, "has_genes".
 
     Returns:
       Name -> (values [S], where [S] bool); values are 0 elsewhere.
