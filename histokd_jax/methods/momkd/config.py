@@ -198,8 +198,8 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
         )
     if memory.update != GRADIENT and memory.renormalise:
         raise ValueError(
-            f"memory.renormalise = True follows updates by gradients, but memory.update = {memory.update!r}, which keeps "
-            "unit norms anyway: set it to False"
+            f"memory.renormalise = True follows updates by gradients, but memory.update = {memory.update!r}, which "
+            "keeps unit norms anyway: set it to False"
         )
 
 
