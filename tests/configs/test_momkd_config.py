@@ -1,10 +1,11 @@
-"""The named configuration of MoMKD: presets, agreement with the method, recorded texts, switches of the specification."""
+"""The named configuration of MoMKD: presets, agreement with the method, recorded texts, switches."""
 
 import os
 
 import pytest
 
 from configs import momkd
+from configs.ablations import momkd as ablations
 from histokd_jax.methods import registry
 from histokd_jax.methods.momkd import config as method_config
 from histokd_jax.train.run import control_config
@@ -69,3 +70,12 @@ def test_words_and_settings_are_read():
         momkd.get_config("fixed_memory,ema_memory")
     with pytest.raises(ValueError, match="er, pr, her2, faithful"):
         momkd.get_config("odx")
+
+
+def test_ablations_are_settings_that_the_method_accepts():
+    settings, reference = config.load_sweep("configs/ablations/momkd.py:her2,all")
+    assert reference == "full" and len(settings) == 1 + sum(map(len, ablations.FAMILIES.values()))
+    for cfg in settings.values():
+        registry.method_module("momkd").validate(cfg)
+        assert cfg.task == "HER2"
+    assert set(ablations.get_sweep()[1]) == {"full", *ablations.FAMILIES["terms"], *ablations.FAMILIES["memory"]}

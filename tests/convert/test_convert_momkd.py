@@ -24,7 +24,7 @@ def test_every_tensor_survives_the_way_in_and_out(golden_dir, tmp_path, capsys):
     out = str(tmp_path / "model")
     assert main(["convert", str(tmp_path / "x.pt"), "--config", CONFIG, "--out", out, "--classes", "neg,pos"]) == 0
     shown = capsys.readouterr().out
-    assert "44 of 45 tensors used" in shown and "mem_pos._codebook.cluster_size" in shown
+    assert "45 of 46 tensors used" in shown and "mem_pos._codebook.cluster_size" in shown
     assert "width 1536, 2 outputs" in shown
     assert main(["convert", out, "--to-torch", "--out", str(tmp_path / "back.pt")]) == 0
     back = read_state_dict(tmp_path / "back.pt")

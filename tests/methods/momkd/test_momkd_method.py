@@ -1,4 +1,4 @@
-"""MoMKD as a Method: gradients per term, the channel between branches, memories, deployment: checks 6, 7, 13, 16, 17."""
+"""MoMKD as a Method: gradients per term, channel between branches, memories, deployment: checks 6, 7, 13, 16, 17."""
 
 import dataclasses
 

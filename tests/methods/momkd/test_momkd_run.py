@@ -16,7 +16,7 @@ from data_pipelines.writer import DatasetWriter
 from histokd_jax import inference
 from histokd_jax.cli.main import main
 from histokd_jax.evals.predictions import read_predictions
-from histokd_jax.train import experiment, model_dir, preparation, run, signals
+from histokd_jax.train import experiment, model_dir, preparation, run, signals, sweep
 from histokd_jax.train.signals import Interrupted
 from histokd_jax.train.state import init_params
 from histokd_jax.utils import config
@@ -199,3 +199,20 @@ def test_a_step_holds_exactly_one_slide_by_default(cohort_dir):
     opened = experiment.load_experiment(experiment.resolve_width(cfg))
     plan = experiment.fold_data(opened, 0, run.make_method(opened)).train.plan
     assert ((plan.slide >= 0).sum(axis=2) == 1).all() and plan.steps_per_epoch == len(plan.sizes)
+
+
+@pytest.mark.slow
+def test_trainings_of_a_sweep_equal_those_trained_alone(cohort_dir, tmp_path):
+    """Prepared memories, weights as data, falling rates: replicas of one program."""
+    texts = overrides(cohort_dir, early_stop__enabled=True, early_stop__patience=1, early_stop__min_epoch=0)
+    settings, reference = config.load_sweep(
+        "configs/ablations/momkd.py:er,smoke,fold=0,terms", texts, ["full", "gene_alignment", "without_reconstruction"]
+    )
+    prepared = sweep.prepare(settings, reference, (0, 1))
+    assert len(prepared.groups) == 1
+    sweep.train(prepared, tmp_path / "swept")
+    for name in settings:
+        alone = tmp_path / "alone" / name
+        run.train(sweep._plain(settings[name], 1), alone)
+        a, b = (read_predictions(p / "predictions_test.csv") for p in (alone, tmp_path / "swept" / name / "seed_1"))
+        np.testing.assert_allclose(a.probs, b.probs, atol=2e-4)
