@@ -233,9 +233,9 @@ def fold_data(experiment: Experiment, fold: int, method: Method) -> FoldData:
     """
     cfg, cohort, split = experiment.cfg, experiment.cohort, experiment.folds[fold]
     check_selection(cfg, split, fold)
-    experiment.task.check_split(cohort, split, fold)
     k = neighbours_of(cfg, method.requires)
     split, marks = _with_edges(experiment, split, k)
+    experiment.task.check_split(cohort, split, fold)
     task = experiment.task.fit(cohort, split.train)
     targets = task.targets(cohort)
     needed = [field for field in GENE_FIELDS if field in method.requires]

@@ -13,7 +13,7 @@ def params_of(run, seed=0):
     """Random parameters whose biases are not zero, and codes that are not unit vectors."""
     params, extra = run.init(jax.random.key(seed))
     rng = np.random.default_rng(seed)
-    noisy = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), params)
+    noisy = jax.tree.map(lambda p: p + np.asarray(0.1 * rng.normal(size=p.shape), np.float32), params)
     noisy["SLIDE"]["log_tau"] = params["SLIDE"]["log_tau"]
     return noisy, extra
 
@@ -52,7 +52,8 @@ def test_slide_branch_equals_numpy_for_every_slide(direction):
     for slot, (x, coords) in enumerate(setup.bags()):
         edges = setup.listed_edges(coords, direction=direction)
         assert bool(edges) == (len(x) > setup.K)
-        logits, weight, f, q = setup.reference_slide(p, codes, x.astype(np.float64), edges)
+        tau = float(np.exp(p["log_tau"]))
+        logits, weight, f, q = setup.reference_slide(p, codes, x.astype(np.float64), edges, tau)
         at = slice(start, start + len(x))
         np.testing.assert_allclose(details["patches"].features[at], f, atol=1e-10)
         np.testing.assert_allclose(details["patches"].sphere[at], q, atol=1e-10)
@@ -94,7 +95,7 @@ def test_C10_joint_permutation_of_patches_and_edges_permutes_attention_only():
     fields = setup.slot_fields(len(found))
     a, b = (run.details(params, extra, setup.packed(bags) | fields) for bags in (found, turned))
     for name in ("logits", "slide", "commit", "gap_slide"):
-        np.testing.assert_allclose(a[name], b[name], atol=2e-6)
+        np.testing.assert_allclose(a[name], b[name], atol=1e-5)
     start = 0
     for order in orders:
         at = slice(start, start + len(order))
@@ -112,7 +113,7 @@ def test_packing_and_slides_of_a_step_do_not_matter():
         own = {name: value[slot : slot + 1] for name, value in fields.items()}
         alone = run.details(params, extra, setup.packed([bag], row=5) | own)
         for name in ("logits", "slide", "gene", "reconstruction", "commit", "orth", "gap_slide", "gap_gene"):
-            np.testing.assert_allclose(alone[name][0], together[name][slot], atol=2e-6, err_msg=name)
+            np.testing.assert_allclose(alone[name][0], together[name][slot], atol=1e-5, err_msg=name)
 
 
 def test_C11_without_edges_every_patch_attends_to_itself_only():
@@ -167,7 +168,7 @@ def test_attention_dropout_keeps_the_mean_and_does_not_depend_on_packing():
     once, real = run(batch, params, seed), batch["segment_ids"].reshape(-1) > 0
     other = setup.packed(found, row=31)
     np.testing.assert_allclose(once[real], run(other, params, seed)[other["segment_ids"].reshape(-1) > 0], atol=1e-6)
-    draws = np.mean([run(batch, params, jnp.uint32(s)) for s in range(300)], axis=0)
+    draws = np.mean(jax.vmap(lambda s: run(batch, params, s))(jnp.arange(300, dtype=jnp.uint32)), axis=0)
     assert np.abs(once - run(batch, params))[real].max() > 0.1
     np.testing.assert_allclose(draws[real], run(batch, params)[real], atol=0.25)
 

@@ -136,10 +136,9 @@ def test_C7_clipping_couples_the_branches():
     params, extra = method.init(jax.random.key(0))
     batch = setup.batch()
     other = batch | {"genes": batch["genes"] + 1.0}
-    # Adam forgets the scale of a first gradient up to its eps; the second step sees both.
-    plain = list(steps(method, [batch, batch], params, extra, clip=0.01))
-    perturbed = list(steps(method, [other, batch], params, extra, clip=0.01))
-    assert not same(plain[0][0]["SLIDE"], perturbed[0][0]["SLIDE"])
+    # Adam forgets the scale of a first gradient only up to its eps.
+    plain, perturbed = (next(steps(method, [b], params, extra, clip=0.01))[0] for b in (batch, other))
+    assert not same(plain["SLIDE"], perturbed["SLIDE"])
 
 
 def test_C13_prediction_needs_neither_genes_nor_their_branch():
@@ -251,7 +250,7 @@ def test_grad_cache_gives_the_gradient_of_the_whole_step():
     rows = [setup.packed([bag], row=12) for bag in found]
     one = {name: np.concatenate([r[name][:1] for r in rows]) for name in rows[0]}
     one["segment_ids"] = one["segment_ids"] * np.arange(1, 5, dtype=np.int32)[:, None]
-    batch = one | setup.slot_fields(4)
+    batch = jax.tree.map(jnp.asarray, one | setup.slot_fields(4))
     args = ("train", params, extra, batch, jax.random.key(1), jnp.int32(0))
     whole, cached = step.loss_and_gradients(method, *args), step.cached_loss_and_gradients(method, *args)
     np.testing.assert_allclose(whole[0], cached[0], rtol=1e-5)
