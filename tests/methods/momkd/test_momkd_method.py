@@ -13,7 +13,7 @@ from histokd_jax.methods.momkd.config import FAITHFUL, PAPER_HPARAMS, default_co
 from histokd_jax.methods.momkd.method import make_method
 from histokd_jax.methods.momkd.objective import loss_terms
 from histokd_jax.methods.registry import get_method
-from histokd_jax.train import optim, step
+from histokd_jax.train import optim, sharding, step
 from histokd_jax.types import DataSpec
 
 ENCODER = ("gat_1", "gat_2", "norm_1", "norm_2", "residual")
@@ -255,6 +255,22 @@ def test_grad_cache_gives_the_gradient_of_the_whole_step():
     whole, cached = step.loss_and_gradients(method, *args), step.cached_loss_and_gradients(method, *args)
     np.testing.assert_allclose(whole[0], cached[0], rtol=1e-5)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5), whole[3], cached[3])
+
+
+def test_rows_and_patches_divided_over_devices_give_the_same_gradient():
+    run, mesh = setup.small_run(), sharding.make_mesh(2, 2)
+    params, _ = run.init(jax.random.key(0))
+    batch = setup.batch(row=10)
+    assert batch["segment_ids"].shape == (4, 10)
+
+    def loss(params, batch):
+        out, _ = run.forward(params, {}, {}, batch, jax.random.key(1), True)
+        return run.objective(out, batch)[0]
+
+    whole = jax.jit(jax.value_and_grad(loss))(params, batch)
+    with jax.set_mesh(mesh):
+        divided = jax.jit(jax.value_and_grad(loss))(params, sharding.put_batch(mesh, batch))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), whole, divided)
 
 
 def test_weights_as_data_equal_weights_as_constants():
