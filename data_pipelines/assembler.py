@@ -12,6 +12,7 @@ import numpy as np
 
 from data_pipelines import schema
 from data_pipelines.buffers import BufferPool
+from data_pipelines.neighbours import neighbour_offsets
 from data_pipelines.plan import PackPlan, StepPlan
 
 _OWN_FIELDS = (*schema.ROW_FIELDS, schema.WEIGHT, schema.SLIDE_INDEX)
@@ -26,6 +27,9 @@ class Reader(Protocol):
         self, slide: int, start: int, count: int, out: np.ndarray, coords_out: np.ndarray | None = None
     ) -> None:
         """Fills `out` with patches start .. start + count (modulo the bag size) of a slide."""
+
+    def slide_numbers(self, slide: int, positions: np.ndarray) -> np.ndarray | None:
+        """[n] which of the slides of a bag each patch lies on; None if every bag is one slide."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +64,7 @@ class StepSource:
       with_coords: whether batches carry the patch coordinates (attention export).
       clusters: row of the reader's manifest -> [n_patches] integers by position; batches then carry the row field
         `clusters`, which is 0 on padding.
+      neighbours: neighbours per patch of the spatial graph; batches then carry the row field `neighbours`. 0: no graph.
     """
 
     reader: Reader
@@ -68,6 +73,7 @@ class StepSource:
     dtype: str = "float16"
     with_coords: bool = False
     clusters: Mapping[int, np.ndarray] | None = None
+    neighbours: int = 0
 
     def __post_init__(self):
         _check_clusters(self.clusters, self.table.slide_index, self.reader.manifest.sizes)
@@ -91,7 +97,7 @@ class StepSource:
     def step_bytes(self, rows: int) -> int:
         """Bytes of the row fields of `rows` rows of one step."""
         width = self.reader.manifest.feat_dim * np.dtype(schema.FEATURE_DTYPES[self.dtype]).itemsize
-        extra = (8 if self.with_coords else 0) + (4 if self.clusters is not None else 0)
+        extra = (8 if self.with_coords else 0) + (4 if self.clusters is not None else 0) + 4 * self.neighbours
         return rows * self.plan.row_patches * (width + 8 + extra)
 
     def assembler(self, rows: slice) -> BatchAssembler:
@@ -102,6 +108,7 @@ class StepSource:
         """Sha256 (hex) over data set, plan and slot values: whether a saved position means the same batches."""
         digest = hashlib.sha256()
         header = [self.reader.manifest.fingerprint(), self.plan.fingerprint(), self.dtype, self.with_coords]
+        header += [f"{self.neighbours} neighbours"] if self.neighbours else []
         digest.update(json.dumps(header).encode())
         for name, values in sorted({schema.SLIDE_INDEX: self.table.slide_index, **self.table.fields}.items()):
             digest.update(f"{name} {values.dtype} {values.shape}".encode())
@@ -123,6 +130,11 @@ class BatchAssembler:
     """
 
     def __init__(self, source: StepSource, rows: slice):
+        if source.neighbours and rows != slice(0, source.plan.rows):
+            raise ValueError(
+                "neighbour graphs need the coordinates of whole slides, but the rows of a step are divided among "
+                "processes: train this method in one process"
+            )
         self._source = source
         self._rows = rows
         shape = ((rows.stop - rows.start) * source.plan.row_patches, source.reader.manifest.feat_dim)
@@ -159,16 +171,24 @@ class BatchAssembler:
             buffers[schema.COORDS] = np.zeros((n, 2), np.int32)
         if self._source.clusters is not None:
             buffers[schema.CLUSTERS] = np.zeros(n, np.int32)
+        if self._source.neighbours:
+            buffers[schema.NEIGHBOURS] = np.zeros((n, self._source.neighbours), np.int32)
         return buffers
 
     def _read_piece(self, item: int, slot: int, at: int, piece: Mapping[str, np.ndarray]) -> None:
         source, size = self._source, int(self._source.plan.sizes[item])
         n, row = len(piece[schema.SEGMENT_IDS]), int(source.table.slide_index[item])
-        source.reader.read_into(row, at % size, n, piece[schema.PATCHES], piece.get(schema.COORDS))
+        coords = piece.get(schema.COORDS)
+        if coords is None and source.neighbours:
+            coords = np.empty((n, 2), np.int32)
+        source.reader.read_into(row, at % size, n, piece[schema.PATCHES], coords)
         piece[schema.SEGMENT_IDS][:] = slot + 1
         piece[schema.POSITIONS][:] = np.arange(at, at + n) % size
         if source.clusters is not None:
             piece[schema.CLUSTERS][:] = source.clusters[row][piece[schema.POSITIONS]]
+        if source.neighbours:
+            numbers = source.reader.slide_numbers(row, piece[schema.POSITIONS])
+            piece[schema.NEIGHBOURS][:] = neighbour_offsets(coords, source.neighbours, numbers)
 
     def _slot_fields(self, step: StepPlan) -> dict[str, np.ndarray]:
         real, table = step.slide >= 0, self._source.table

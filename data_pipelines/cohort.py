@@ -146,6 +146,7 @@ def build_cohort(
     require_genes: bool = True,
     label_map: Mapping[str, int] | None = None,
     her2_equivocal: str = "drop",
+    missing_labels: str = "drop",
     unit: str = "case",
     require_follow_up: bool = False,
     missing_slides: str = "exclude",
@@ -166,6 +167,7 @@ def build_cohort(
       require_genes: if genes_path is given, drop samples without genes; otherwise keep them with has_genes False.
       label_map: see `tables.read_labels`.
       her2_equivocal: see `tables.read_labels`.
+      missing_labels: see `tables.read_labels`.
       unit: "case", or "slide" if every slide is a sample and the tables hold slide ids in their case_id column.
       require_follow_up: drop samples without follow-up (survival tasks).
       missing_slides: cases or slides of the tables without features: "exclude" lists them, "error" refuses.
@@ -182,7 +184,8 @@ def build_cohort(
         raise DataError(f"labels from {labels_path} need the name of a task (its label column)")
     labels = None
     if labels_path is not None:
-        labels = tables.read_labels(labels_path, task, label_map=label_map, her2_equivocal=her2_equivocal)
+        policies = {"her2_equivocal": her2_equivocal, "missing": missing_labels}
+        labels = tables.read_labels(labels_path, task, label_map=label_map, **policies)
     return join_cohort(
         manifest,
         labels=labels,

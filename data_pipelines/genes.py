@@ -13,7 +13,8 @@ from data_pipelines.errors import DataError
 from data_pipelines.gene_ranking import RANKINGS, Ranking, rank_genes
 
 FILTERS = ("top", "bottom", "random")
-SCOPES = ("per_fold_train", "global")
+GLOBAL_80PCT = "global_80pct"
+SCOPES = ("per_fold_train", "global", GLOBAL_80PCT)
 NORMALISATIONS = ("precomputed_zscore", "log2p1_then_zscore_train_fold")
 NAN_POLICIES = ("error", "zero")
 
@@ -161,8 +162,9 @@ def select_genes(
     """Chooses and orders the K genes of a fold (MKD section 3.2).
 
     Cox and ANOVA see the values the network will see (normalised and clipped); variance sees them before
-    standardisation, where it still differs between genes. Statistics always come from training patients; only the
-    ranking may see everyone (`ranking_scope="global"`, the faithful and leaking choice).
+    standardisation, where it still differs between genes. Statistics come from training patients; only the ranking may
+    see everyone (`ranking_scope="global"`, the faithful and leaking choice of MKD). With "global_80pct" (that of MoMKD)
+    statistics and ranking come from a random 80 % of every class, whatever the fold.
 
     Args:
       table: all patients of the cohort; rows without genes are ignored.
@@ -173,12 +175,12 @@ def select_genes(
       label: [n] class, -1 = unknown, aligned to the table.
       filter: "top" K, "bottom" K (both in rank order), or K "random" genes in drawn order (nothing is ranked).
       ranking: see `rank_genes`.
-      ranking_scope: "per_fold_train" or "global".
+      ranking_scope: "per_fold_train", "global" or "global_80pct".
       normalisation: "precomputed_zscore" (as given) or "log2p1_then_zscore_train_fold".
       exclude: gene names never selected (absent names are noted in `source`).
       nan_policy: "error", or "zero" (missing raw values are read as 0).
       clip: bound on prepared values, or None.
-      seed: of filter "random".
+      seed: of filter "random" and of the 80 %.
       ranking_table: gene -> p, of ranking "table".
 
     Returns:
@@ -193,6 +195,8 @@ def select_genes(
     names = [table.names[column] for column in candidates]
     rows = np.flatnonzero(table.has_genes)
     training = np.isin(rows, train_rows)
+    if ranking_scope == GLOBAL_80PCT:
+        training = _random_part(None if label is None else np.asarray(label)[rows], len(rows), seed)
     if not training.any():
         raise DataError("gene selection: no training patient has genes; check the join of genes and split")
     base = _readable(table, rows, candidates, nan_policy, log2p1)
@@ -227,6 +231,16 @@ def _readable(table: GeneTable, rows: np.ndarray, columns: np.ndarray, nan_polic
     names, cases = [table.names[column] for column in columns], [table.case_id[row] for row in rows]
     values = _fill_missing(table.values[np.ix_(rows, columns)], names, cases, nan_policy)
     return _base(values, names, cases, log2p1=log2p1)
+
+
+def _random_part(label: np.ndarray | None, n: int, seed: int) -> np.ndarray:
+    """[n] bool: a random 80 % of every class (of all, without labels)."""
+    groups = np.zeros(n, int) if label is None else label
+    rng, chosen = np.random.default_rng(seed), np.zeros(n, bool)
+    for group in np.unique(groups):
+        members = rng.permutation(np.flatnonzero(groups == group))
+        chosen[members[: round(0.8 * len(members))]] = True
+    return chosen
 
 
 def _criterion(filter: str, ranking: str, scope: str, seed: int) -> dict[str, Any]:

@@ -90,6 +90,9 @@ class BagReader:
             if buffer is not None:
                 _repeat_rows(buffer, size, count)
 
+    def slide_numbers(self, slide: int, positions: np.ndarray) -> None:
+        """Every bag is one slide (see `samples.SampleReader.slide_numbers`)."""
+
     def read_bag(self, slide: int) -> tuple[np.ndarray, np.ndarray]:
         """Reads a whole bag in stored order.
 

@@ -59,6 +59,15 @@ class SampleReader:
             coords = None if coords_out is None else coords_out[low:high]
             self._reader.read_into(slide, first, high - low, out[low:high], coords)
 
+    def slide_numbers(self, sample: int, positions: np.ndarray) -> np.ndarray:
+        """[n] int64 which of its slides, counted from 0, holds each patch of a sample.
+
+        Args:
+          sample: number of the sample.
+          positions: [n] int, index of each patch within the sample.
+        """
+        return np.searchsorted(self._starts[sample], positions, side="right") - 1
+
     def pieces(self, sample: int, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
         """The slides that a run of patches covers.
 

@@ -24,11 +24,11 @@ def chunk_patches(feat_dim: int, dtype: str = "float16") -> int:
 
 # Fields of a packed step; shapes are given in histokd_jax.types.Batch.
 PATCHES, SEGMENT_IDS, POSITIONS, COORDS = "patches", "segment_ids", "positions", "coords"
-CLUSTERS = "clusters"
+CLUSTERS, NEIGHBOURS = "clusters", "neighbours"
 WEIGHT, SLIDE_INDEX, LABEL, GENES, HAS_GENES = "weight", "slide_index", "label", "genes", "has_genes"
 TIME, EVENT = "time_months", "event"
 TEACHER_HAZARDS, HAS_TEACHER = "teacher_hazards", "has_teacher"
-ROW_FIELDS = (PATCHES, SEGMENT_IDS, POSITIONS, COORDS, CLUSTERS)
+ROW_FIELDS = (PATCHES, SEGMENT_IDS, POSITIONS, COORDS, CLUSTERS, NEIGHBOURS)
 """Fields with leading axes [R, L]; sharded over rows. All other fields are per slot [S, ...] and replicated."""
 
 # Fields of a step of image pairs; shapes are given in histokd_jax.types.Batch.

@@ -23,6 +23,7 @@ __all__ += ["read_gene_npz", "read_numeric_table", "read_ranking_table", "read_s
 KINDS = ("_rnaseq", "_cnv", "_mut")
 """Suffixes of molecular columns: expression, copy number, mutation."""
 HER2_POLICIES = ("drop", "negative", "fish_resolved")
+MISSING_POLICIES = ("drop", "negative")
 UNAVAILABLE, EQUIVOCAL = "label not available", "label equivocal"
 _POSITIVE, _NEGATIVE = {"positive", "pos", "+"}, {"negative", "neg", "-"}
 _EQUIVOCAL = {"equivocal", "indeterminate"}
@@ -52,6 +53,7 @@ def read_labels(
     *,
     label_map: Mapping[str, int] | None = None,
     her2_equivocal: str = "drop",
+    missing: str = "drop",
 ) -> LabelTable:
     """Labels of one task from a CSV with the columns case_id and `task`; blank = not available.
 
@@ -64,6 +66,7 @@ def read_labels(
       task: name of the label column.
       label_map: cell text -> class index; then no other text is accepted.
       her2_equivocal: one of `HER2_POLICIES`; used by tasks whose name begins with HER2.
+      missing: one of `MISSING_POLICIES`: cases without a label have none, or are of class 0 (MoMKD section 2).
 
     Returns:
       The labels; rows that repeat a case must agree.
@@ -73,20 +76,22 @@ def read_labels(
     """
     if her2_equivocal not in HER2_POLICIES:
         raise DataError(f"labels.her2_equivocal={her2_equivocal!r} is unknown; choose one of {HER2_POLICIES}")
+    if missing not in MISSING_POLICIES:
+        raise DataError(f"labels.missing={missing!r} is unknown; choose one of {MISSING_POLICIES}")
     fish_column = f"{task}_FISH"
     header = text_table.read_header(path)
     table = text_table.read_text_table(path, ("case_id", task, *[name for name in (fish_column,) if name in header]))
     check_case_ids(table["case_id"], path)
     policy = her2_equivocal if task.casefold().startswith("her2") else "drop"
     fish = table[fish_column] if fish_column in table else None
-    values, seen_at, missing = {}, {}, {}
+    values, seen_at, without = {}, {}, {}
     for row, (case, text) in enumerate(zip(table["case_id"], table[task])):
         where = f"{path}, line {row + 2}, column {task!r}"
         value = _parse_label(text, label_map, where)
         if value == EQUIVOCAL:
             value = _resolve_equivocal(policy, None if fish is None else fish.iloc[row], fish_column, where)
         if isinstance(value, str):
-            missing.setdefault(case, value)
+            without.setdefault(case, value)
             continue
         if values.setdefault(case, value) != value:
             raise DataError(
@@ -94,13 +99,15 @@ def read_labels(
                 f"needs one label"
             )
         seen_at.setdefault(case, row + 2)
+    if missing == "negative":
+        values = {**dict.fromkeys(without, 0), **values}
     cases = tuple(dict.fromkeys(table["case_id"]))
     textual = label_map is None and any(t.casefold() in _POSITIVE | _NEGATIVE for t in table[task])
     return LabelTable(
         case_id=cases,
         value=np.array([values.get(case, -1) for case in cases], np.int32),
         class_names=_class_names(set(values.values()), label_map, textual, f"{path}, column {task!r}"),
-        missing={case: reason for case, reason in missing.items() if case not in values},
+        missing={case: reason for case, reason in without.items() if case not in values},
     )
 
 

@@ -18,6 +18,8 @@ Batch = Mapping[str, jax.Array]
 patches      [R, L, D] float16/float32  rows of patch embeddings; padding rows may hold anything, even NaN
 segment_ids  [R, L]    int32            0 = padding, 1..S = slot of the slide within the *step* (a slide may span rows)
 positions    [R, L]    int32            index of the patch within its bag, 0-based; seeds per-patch dropout
+neighbours   [R, L, k] int32            places from a patch to each of its nearest neighbours on the slide, in the
+                                        stream of all patches of the step; 0 = none (only if the method asks for them)
 weight       [S]       float32          1 for a real slide, 0 for an empty slot
 slide_index  [S]       int32            row of the slide in the manifest (number of the sample if a sample is all slides
                                         of its case), -1 for an empty slot
@@ -86,12 +88,14 @@ class Stage:
       monitor_modes: inference modes over which the stopping monitor of this stage is the mean (validation AUC, or
         C-index of a survival task).
       frozen: parts of the trained groups (names one level below) that are left bit-identical as well.
+      undecayed: trainable groups without weight decay.
     """
 
     name: str
     trainable: tuple[str, ...]
     monitor_modes: tuple[str, ...]
     frozen: tuple[str, ...] = ()
+    undecayed: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +133,9 @@ class Method:
       requires: batch fields needed in training.
       batch_coupled: True if the loss couples slides, so that a step must hold exactly b of them.
       attention: (params, frozen, extra, batch, mode) -> [R, L] float32, weight of each patch within its slide.
+      prepare: (params, extra, batches, seed) -> (params, extra), once before the first step: `batches()` iterates over
+        every training sample once, in exact steps. None: training starts from `init`.
+      after_update: (params) -> params, after every update; None: nothing.
       traced: config keys of numbers that `objective` also takes as data, so that settings which differ only in them
         can be trained by one program.
       load: (params, extra) -> (params, extra) with parts that were trained elsewhere in the place of initial ones;
@@ -145,6 +152,8 @@ class Method:
     requires: tuple[str, ...]
     batch_coupled: bool
     attention: Callable[..., jax.Array] | None = None
+    prepare: Callable[..., tuple[Params, Extra]] | None = None
+    after_update: Callable[[Params], Params] | None = None
     traced: tuple[str, ...] = ()
     load: Callable[[Params, Extra], tuple[Params, Extra]] | None = None
 

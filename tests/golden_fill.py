@@ -24,7 +24,9 @@ def noise(label, shape):
 
 
 def fill(label, shape):
-    """One parameter: kernels scaled by fan-in, norm scales around 1, other vectors 0.1 u."""
+    """One parameter: kernels scaled by fan-in, norm scales around 1, other vectors 0.1 u; scalars (MoMKD) ln 0.2."""
+    if not shape:
+        return np.array(math.log(0.2))
     u = noise(label, shape)
     if len(shape) >= 2:
         return u / math.sqrt(math.prod(shape[1:]))
@@ -50,7 +52,7 @@ def key_table_file(path: pathlib.Path):
     with open(path, newline="") as f:
         rows = list(csv.DictReader(f, delimiter="\t"))
     for row in rows:
-        row["shape"] = tuple(int(n) for n in row["shape"].split(","))
+        row["shape"] = tuple(int(n) for n in row["shape"].split(",") if n)
     return rows
 
 

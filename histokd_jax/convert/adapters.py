@@ -183,6 +183,26 @@ def _hmkd(cfg: ConfigDict) -> dict[str, Adapter]:
     return {group: one(group) for group in (TEACHER, STUDENT)}
 
 
+def _momkd(cfg: ConfigDict) -> dict[str, Adapter]:
+    from histokd_jax.methods.momkd import torch_keys
+    from histokd_jax.methods.momkd.config import GRADIENT
+    from histokd_jax.methods.momkd.networks import GENES, MEMORY, SLIDE
+
+    if cfg.memory.update != GRADIENT or cfg.ablate.baseline or not cfg.attention.learn_temperature:
+        raise ConversionError(
+            "the authors' checkpoints hold trained memories and a trained temperature: set memory.update=gradient, "
+            "ablate.baseline=False and attention.learn_temperature=True"
+        )
+    adapter = Adapter(
+        "MoMKD",
+        (SLIDE, MEMORY, GENES),
+        lambda state, spec: torch_keys.from_torch(state),
+        lambda params, spec: torch_keys.to_torch(params),
+        torch_keys.UNUSED,
+    )
+    return {"momkd": adapter}
+
+
 _PATHWAYS = GroupSizes(r"sig_networks\.(\d+)\.0\.0\.weight", 1)
 _GROUPED: Mapping[str, GroupSizes] = {"mcat": _PATHWAYS, "survpath": _PATHWAYS}
 _METHODS: Mapping[str, Callable[[ConfigDict], dict[str, Adapter]]] = {
@@ -190,4 +210,5 @@ _METHODS: Mapping[str, Callable[[ConfigDict], dict[str, Adapter]]] = {
     "ghanet": _ghanet,
     "supervised": _supervised,
     "hmkd": _hmkd,
+    "momkd": _momkd,
 }

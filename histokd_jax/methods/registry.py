@@ -16,6 +16,7 @@ METHODS = {
     "distil": "histokd_jax.methods.distil.method",
     "image_classifier": "histokd_jax.methods.image_classifier.method",
     "hmkd": "histokd_jax.methods.hmkd.method",
+    "momkd": "histokd_jax.methods.momkd.method",
 }
 """Name -> module with `make_method(config, data) -> Method`, `default_config()` and `validate(config)`; optional are
 `TASKS`, the kinds of task it knows (all, if absent), `CONTROL`, the settings (key -> value) of its control arm, and

@@ -161,7 +161,7 @@ def load_experiment(cfg: ConfigDict) -> Experiment:
         manifest,
         cfg,
         tables if needs_genes else dataclasses.replace(tables, genes=None),
-        her2_equivocal=cfg.labels.her2_equivocal if "labels" in cfg else "drop",
+        **_label_policies(cfg),
         read_genes=lambda path: gene_choice.read_table(cfg, path),
     )
     found = {} if cohort.genes is None else {schema.GENES: cohort.genes}
@@ -169,6 +169,14 @@ def load_experiment(cfg: ConfigDict) -> Experiment:
         found[CNV] = gene_choice.read_copy_number(cfg.data.cnv, cohort)
     reader = cohort.open_bags(BagReader(manifest))
     return Experiment(cfg, manifest, reader, cohort, found, _folds(cfg, task, cohort))
+
+
+def _label_policies(cfg: ConfigDict) -> dict[str, str]:
+    """How cases without a clear label are read, see `data_pipelines.tables.read_labels`."""
+    if "labels" not in cfg:
+        return {"her2_equivocal": "drop"}
+    missing = {"missing_labels": cfg.labels.missing} if "missing" in cfg.labels else {}
+    return {"her2_equivocal": cfg.labels.her2_equivocal, **missing}
 
 
 def resolve_width(cfg: ConfigDict) -> ConfigDict:
@@ -225,6 +233,8 @@ def fold_data(experiment: Experiment, fold: int, method: Method) -> FoldData:
     """
     cfg, cohort, split = experiment.cfg, experiment.cohort, experiment.folds[fold]
     check_selection(cfg, split, fold)
+    k = neighbours_of(cfg, method.requires)
+    split, marks = _with_edges(experiment, split, k)
     experiment.task.check_split(cohort, split, fold)
     task = experiment.task.fit(cohort, split.train)
     targets = task.targets(cohort)
@@ -236,10 +246,9 @@ def fold_data(experiment: Experiment, fold: int, method: Method) -> FoldData:
         fields[field] = selection.apply_table(experiment.gene_tables[field])
     if needed:
         fields[schema.HAS_GENES] = cohort.has_genes
-    marks: tuple[str, ...] = ()
     if schema.TEACHER_HAZARDS in method.requires:
         teacher = teacher_table.read_teacher(cfg, cohort, split, fold, task.bins.edges)
-        fields, marks = fields | teacher.fields, teacher.marks
+        fields, marks = fields | teacher.fields, (*marks, *teacher.marks)
     train_plan = _train_plan(experiment, split, method, task.sampling_classes(targets)[split.train])
     clusters = _clusters(experiment, split) if schema.CLUSTERS in method.requires else None
     evaluation = {}
@@ -254,9 +263,9 @@ def fold_data(experiment: Experiment, fold: int, method: Method) -> FoldData:
             rows=_rows(cfg),
             multiple_of=cfg.data.row_multiple,
         )
-        evaluation[part] = _source(experiment, rows, fields, plan, clusters)
+        evaluation[part] = _source(experiment, rows, fields, plan, clusters, k)
     return FoldData(
-        train=_source(experiment, split.train, fields, train_plan, clusters),
+        train=_source(experiment, split.train, fields, train_plan, clusters, k),
         evaluation=evaluation,
         selections=selections,
         split_hash=split_fingerprint(split, cohort),
@@ -266,6 +275,21 @@ def fold_data(experiment: Experiment, fold: int, method: Method) -> FoldData:
         clusters=clusters,
         marks=marks,
     )
+
+
+def neighbours_of(cfg: ConfigDict, fields: tuple[str, ...]) -> int:
+    """Neighbours per patch in the batches of a method or mode that reads some fields; 0: no graph."""
+    return int(cfg.graph.k) if schema.NEIGHBOURS in fields else 0
+
+
+def _with_edges(experiment: Experiment, split: Split, k: int) -> tuple[Split, tuple[str, ...]]:
+    """The split without test samples that have no graph, if eval.edgeless=skip; and what must be said about it."""
+    if not k or experiment.cfg.eval.get("edgeless", "predict") != "skip":
+        return split, ()
+    kept = split.test[_sizes(experiment, split.test) > k]
+    left_out = len(split.test) - len(kept)
+    mark = (f"{left_out} test samples without a graph left out (eval.edgeless=skip)",) if left_out else ()
+    return dataclasses.replace(split, test=kept), mark
 
 
 def _rows(cfg: ConfigDict) -> int:
@@ -284,10 +308,12 @@ def _source(
     fields: Mapping[str, np.ndarray],
     plan: Any,
     clusters: cluster_choice.FoldClusters | None,
+    neighbours: int,
 ) -> StepSource:
     table = SlideTable(experiment.cohort.bag_index[rows], {name: value[rows] for name, value in fields.items()})
     ids = None if clusters is None else clusters.ids
-    return StepSource(experiment.reader, table, plan, dtype=experiment.manifest.dtype, clusters=ids)
+    dtype = experiment.manifest.dtype
+    return StepSource(experiment.reader, table, plan, dtype=dtype, clusters=ids, neighbours=neighbours)
 
 
 def _sizes(experiment: Experiment, rows: np.ndarray) -> np.ndarray:

@@ -288,6 +288,8 @@ def _shapes(mesh: Mesh, source: StepSource, row_patches: int) -> dict[str, jax.S
         shapes[schema.COORDS] = ((*lead, 2), np.int32)
     if source.clusters is not None:
         shapes[schema.CLUSTERS] = (lead, np.int32)
+    if source.neighbours:
+        shapes[schema.NEIGHBOURS] = ((*lead, source.neighbours), np.int32)
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.field_sharding(mesh, name))
         for name, (shape, dtype) in shapes.items()

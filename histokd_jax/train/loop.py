@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data_pipelines.cohort import Cohort
 from histokd_jax.tasks import Table
-from histokd_jax.train import distributed, evaluate, held, optim
+from histokd_jax.train import distributed, evaluate, held, optim, preparation
 from histokd_jax.train.checkpoint import RunCheckpoints
 from histokd_jax.train.experiment import FoldData
 from histokd_jax.train.feed import Feeder
@@ -30,7 +30,7 @@ from histokd_jax.train.held import Held
 from histokd_jax.train.programs import Programs
 from histokd_jax.train.signals import Interrupted, StopRequest
 from histokd_jax.train.state import TrainState, init_params
-from histokd_jax.train.stopping import Stopper
+from histokd_jax.train.stopping import Plateau, Stopper
 from histokd_jax.train.writer import MetricWriter, NoWriter
 from histokd_jax.types import Stage
 
@@ -50,12 +50,14 @@ class Progress:
       step: steps done in it.
       epoch: epochs completed in it, evaluation included.
       stopper: early-stopping state.
+      plateau: state of a learning rate that falls on a plateau.
     """
 
     stage: int = 0
     step: int = 0
     epoch: int = 0
     stopper: Stopper = Stopper()
+    plateau: Plateau = Plateau()
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON types."""
@@ -64,7 +66,21 @@ class Progress:
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> Progress:
         """Inverse of `to_json`."""
-        return cls(**{**facts, "stopper": Stopper(**facts["stopper"])})
+        states = {"stopper": Stopper(**facts["stopper"]), "plateau": Plateau(**facts.get("plateau", {}))}
+        return cls(**{**facts, **states})
+
+    def monitored(self, cfg: ConfigDict, value: float, epoch: int) -> tuple[Progress, bool]:
+        """The state after the monitor of an epoch is known, and whether the epoch is the best so far."""
+        stopper, improved = self.stopper.update(value, epoch, cfg.early_stop.get("ties_improve", False))
+        plateau = self.plateau
+        if cfg.train.lr_schedule == optim.PLATEAU:
+            plateau = plateau.update(value, cfg.train.plateau_patience)
+        return dataclasses.replace(self, stopper=stopper, plateau=plateau), improved
+
+    def rate(self, cfg: ConfigDict) -> float:
+        """Learning rate of the present epoch."""
+        scale = self.plateau.scale(cfg.train.plateau_factor) if self.plateau.reductions else 1.0
+        return scale * optim.epoch_rate(cfg.train, self.epoch)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,6 +152,8 @@ def fit(job: Job, stop: StopRequest) -> Fit:
         distributed.check_agreement({"newest checkpoint": saved}, f"where fold {job.fold} stands")
         progress = Progress.from_json(saved) if saved else Progress()
         upto = global_step(job, progress) if saved else -1
+        if not saved:
+            params, extra = preparation.prepare(method, job.cfg, job.data.train, job.feeder, params, extra)
         with MetricWriter(job.directory, upto) if distributed.is_main() else NoWriter() as writer:
             for index in range(progress.stage, len(method.stages)):
                 stage = method.stages[index]
@@ -216,7 +234,7 @@ class _StageRunner:
 
     def _epoch_steps(self, state, progress, batches, bar):
         cfg, programs = self.job.cfg, self.job.programs
-        lr = optim.epoch_rate(cfg.train, progress.epoch)
+        lr = progress.rate(cfg)
         first, began, waited, patches, sent, loss = progress.step, time.perf_counter(), 0.0, 0, 0, None
         # Nothing may reach or leave a device unasked: such a transfer would make every step wait for the host.
         with jax.transfer_guard("disallow"):
@@ -260,15 +278,15 @@ class _StageRunner:
         facts = {"epoch": epoch, "stage": self.stage.name}
         means = self._epoch_means(state, epoch)
         self.writer.write(step, {**facts, "split": "train"}, {**means, **timing})
-        shown, stopper, improved = {"loss": f"{means['loss']:.3f}"}, progress.stopper, False
+        shown, improved = {"loss": f"{means['loss']:.3f}"}, False
         if "val" in self.job.data.evaluation:
             metrics = self._validate(state)
             # Hosts of different make may round differently, yet must stop at the same epoch.
             monitor = distributed.broadcast(self.job.data.task.monitor(metrics, self.stage.monitor_modes))
             self.writer.write(step, {**facts, "split": "val"}, {**metrics, "monitor": monitor})
-            stopper, improved = stopper.update(monitor, epoch)
-            shown |= {self.job.data.task.monitor_name: f"{monitor:.3f}", "best": f"{stopper.best:.3f}"}
-        progress = dataclasses.replace(progress, epoch=epoch + 1, stopper=stopper)
+            progress, improved = progress.monitored(self.job.cfg, monitor, epoch)
+            shown |= {self.job.data.task.monitor_name: f"{monitor:.3f}", "best": f"{progress.stopper.best:.3f}"}
+        progress = dataclasses.replace(progress, epoch=epoch + 1)
         state = _close_epoch(state, improved)
         bar.set_postfix(shown)
         last = progress.epoch == self.job.cfg.train.max_epochs or stopped_early(self.job.cfg, progress)

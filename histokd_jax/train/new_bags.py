@@ -15,7 +15,7 @@ from data_pipelines.pipeline import SlideTable, StepSource
 from data_pipelines.reader import BagReader
 from histokd_jax.tasks import Tables
 from histokd_jax.train import cluster_choice, gene_choice, sharding
-from histokd_jax.train.experiment import check_width
+from histokd_jax.train.experiment import check_width, neighbours_of
 from histokd_jax.train.feed import StreamFeeder
 from histokd_jax.train.model_dir import Model
 from histokd_jax.train.new_data import NewData
@@ -100,4 +100,5 @@ def make_source(
     table = SlideTable(cohort.bag_index, fields)
     wanted = model.method.mode(mode).fields
     ids = cluster_choice.of_model(model.cfg, wanted, model.clusters, reader, cohort.bag_index)
-    return StepSource(reader, table, plan, dtype=reader.manifest.dtype, with_coords=with_coords, clusters=ids)
+    options = {"with_coords": with_coords, "clusters": ids, "neighbours": neighbours_of(model.cfg, wanted)}
+    return StepSource(reader, table, plan, dtype=reader.manifest.dtype, **options)

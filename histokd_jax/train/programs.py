@@ -46,6 +46,8 @@ class Programs:
             frozen=stage.frozen,
             name=train.optimizer,
             betas=train.betas,
+            clip_norm=train.get("clip_norm", 0.0),
+            undecayed=stage.undecayed,
         )
 
     def start(

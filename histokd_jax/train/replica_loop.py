@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data_pipelines.pipeline import StepSource
 from histokd_jax.evals.predictions import atomic_writer
-from histokd_jax.train import evaluate, optim
+from histokd_jax.train import evaluate, preparation
 from histokd_jax.train.checkpoint import CheckpointMismatchError, RunCheckpoints
 from histokd_jax.train.feed import Fed, Feeder
 from histokd_jax.train.loop import Fit, Job, Progress, global_step, selected_extra, selected_params, stopped_early
@@ -202,6 +202,8 @@ class _Group:
     def stages(self, position: Position, resume: bool, done: Callable[[Replica, Fit], None]) -> None:
         inits = {seed: init_params(self.method, seed) for seed in {r.job.cfg.seed for r in self.replicas}}
         starts = [inits[r.job.cfg.seed] for r in self.replicas]
+        if not resume:
+            starts = self._prepared(starts)
         example = next(self.feeder.train(self.data[0].train)).batch
         for index in range(position.stage, len(self.method.stages)):
             stage = self.method.stages[index]
@@ -288,8 +290,18 @@ class _Group:
         batches = {stream: one.batch for stream, one in fed.items()}
         return stack_batches(self.programs.layout, self.programs.mesh, batches)
 
+    def _prepared(self, starts: list[tuple[Any, Any, Any]]) -> list[tuple[Any, Any, Any]]:
+        """Initial parameters after the preparation of the method, done once for replicas of equal seed and data."""
+        done: dict[tuple[int, int], tuple[Any, Any]] = {}
+        for r, (params, extra, _) in enumerate(starts):
+            job, key = self.replicas[r].job, (self.replicas[r].job.cfg.seed, self.stream_of[r])
+            if key not in done:
+                done[key] = preparation.prepare(self.method, job.cfg, job.data.train, self.feeder, params, extra)
+        keys = ((r.job.cfg.seed, stream) for r, stream in zip(self.replicas, self.stream_of))
+        return [(*done[key], rng) for key, (_, _, rng) in zip(keys, starts)]
+
     def _lr(self, r: int, epoch: int) -> float:
-        return optim.epoch_rate(self.replicas[r].job.cfg.train, epoch)
+        return dataclasses.replace(self.standing[r].progress, epoch=epoch).rate(self.replicas[r].job.cfg)
 
     def _move(self, r: int, **changes: Any) -> None:
         progress = dataclasses.replace(self.standing[r].progress, **changes)
@@ -375,8 +387,9 @@ class _Group:
             metrics = data.task.val_metrics(found, data.answers("val"))
             monitor = data.task.monitor(metrics, stage.monitor_modes)
             self.writers[r].write(self._global(r), {**facts, "split": "val"}, {**metrics, "monitor": monitor})
-            stopper, improved[r] = self.standing[r].progress.stopper.update(monitor, facts["epoch"])
-            self._move(r, stopper=stopper)
+            job, before = self.replicas[r].job, self.standing[r].progress
+            after, improved[r] = before.monitored(job.cfg, monitor, facts["epoch"])
+            self._move(r, stopper=after.stopper, plateau=after.plateau)
             monitors.append(monitor)
         return improved, monitors
 

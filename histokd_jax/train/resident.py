@@ -107,7 +107,8 @@ class ResidentPlan:
       live_tables: slot tables that are on the devices at one time.
 
     Raises:
-      ValueError: unknown dtype, coordinates or clusters wanted, or rows that cannot be divided over the devices.
+      ValueError: unknown dtype, coordinates, clusters or neighbours wanted, or rows that cannot be divided over the
+        devices.
     """
 
     def __init__(self, mesh: Mesh, sources: Sequence[StepSource], dtype: str = STORED, live_tables: int = 3):
@@ -117,6 +118,8 @@ class ResidentPlan:
             raise ValueError("a resident cohort holds no coordinates: read them from disk (data.resident=off)")
         if any(source.clusters is not None for source in sources):
             raise ValueError("a resident cohort holds no cluster ids: read patches from disk (data.resident=off)")
+        if any(source.neighbours for source in sources):
+            raise ValueError("a resident cohort holds no neighbour graph: read patches from disk (data.resident=off)")
         self.mesh, self.dtype, self.reader = mesh, dtype, sources[0].reader
         self.shards = mesh.shape[sharding.DATA]
         self.layout = indexing.CohortLayout.of_sources(sources, self.shards)

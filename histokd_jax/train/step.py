@@ -130,9 +130,10 @@ def make_train_step(
         totals = {
             name: (total + metrics[name][0], count + metrics[name][1]) for name, (total, count) in state.totals.items()
         }
+        updated = optax.apply_updates(state.params, updates)
         state = state.replace(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=updated if method.after_update is None else method.after_update(updated),
             extra=extra,
             opt_state=opt_state,
             totals=totals,

@@ -1,0 +1,1 @@
+"""MoMKD: momentum-memory knowledge distillation (Guo et al., CVPR 2026)."""
