@@ -216,7 +216,7 @@ class _StageRunner:
 
     def _epoch_steps(self, state, progress, batches, bar):
         cfg, programs = self.job.cfg, self.job.programs
-        lr = optim.epoch_rate(cfg.train, progress.epoch)
+        rates = optim.step_rates(cfg.train, progress.epoch, self.plan.steps_per_epoch)
         first, began, waited, patches, sent, loss = progress.step, time.perf_counter(), 0.0, 0, 0, None
         # Nothing may reach or leave a device unasked: such a transfer would make every step wait for the host.
         with jax.transfer_guard("disallow"):
@@ -226,7 +226,8 @@ class _StageRunner:
                 waited += time.perf_counter() - asked
                 # At most one step in flight: dispatch would otherwise run ahead and hold every batch in memory.
                 jax.block_until_ready(loss)
-                state, loss = programs.train(self.stage, state, fed.batch, lr, self.job.frozen)
+                rate = float(rates[progress.step % self.plan.steps_per_epoch])
+                state, loss = programs.train(self.stage, state, fed.batch, rate, self.job.frozen)
                 patches, sent = patches + fed.patches, sent + fed.host_bytes
                 progress = dataclasses.replace(progress, step=progress.step + 1)
                 bar.update()
@@ -238,7 +239,7 @@ class _StageRunner:
             state,
             progress,
             {
-                "lr": lr,
+                "lr": float(rates[-1]),
                 "time_epoch": seconds,
                 "time_data_wait": waited,
                 f"{self.job.feeder.unit}_per_second": patches / seconds,

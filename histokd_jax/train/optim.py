@@ -6,12 +6,18 @@ import math
 from collections.abc import Collection, Sequence
 
 import jax
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-SCHEDULES = ("constant", "cosine50_floor0", "cosine50_periodic", "cosine_to_max_epochs", "cosine_to_floor")
-ADAMW, ADAM_L2, SGD = "adamw", "adam_l2", "sgd"
-OPTIMIZERS = (ADAMW, ADAM_L2, SGD)
+from histokd_jax.train.rectified import lookahead, scale_by_radam
+
+WARMUP = "warmup_cosine"
+SCHEDULES = ("constant", "cosine50_floor0", "cosine50_periodic", "cosine_to_max_epochs", "cosine_to_floor", WARMUP)
+PER_STEP = (WARMUP,)
+"""Schedules that change within an epoch."""
+ADAMW, ADAM_L2, SGD, RADAM, LOOKAHEAD = "adamw", "adam_l2", "sgd", "radam", "lookahead_radam"
+OPTIMIZERS = (ADAMW, ADAM_L2, SGD, RADAM, LOOKAHEAD)
 BETAS = (0.9, 0.999)
 
 
@@ -21,24 +27,42 @@ def check(train: ConfigDict) -> None:
     Raises:
       ValueError: naming the key, its value and what is expected.
     """
-    epoch_rate(train, 0)
+    step_rates(train, 0, 1)
     _check_optimizer(train.optimizer, train.betas)
 
 
-def epoch_rate(train: ConfigDict, epoch: int) -> float:
-    """Learning rate of an epoch by the section `train` of a configuration, see `learning_rate`."""
-    return learning_rate(train.lr_schedule, train.lr, epoch=epoch, max_epochs=train.max_epochs, floor=train.lr_floor)
+def step_rates(train: ConfigDict, epoch: int, steps: int) -> np.ndarray:
+    """Learning rate of every step of an epoch by the section `train` of a configuration, see `learning_rate`.
+
+    Args:
+      train: the section.
+      epoch: index from 0.
+      steps: steps per epoch.
+
+    Returns:
+      [steps] float64, equal unless the schedule changes per step.
+    """
+
+    def rate(when: float) -> float:
+        floor, epochs = train.lr_floor, train.max_epochs
+        return learning_rate(train.lr_schedule, train.lr, epoch=when, max_epochs=epochs, floor=floor)
+
+    if train.lr_schedule in PER_STEP:
+        return np.array([rate(epoch + step / steps) for step in range(steps)])
+    return np.full(steps, rate(epoch))
 
 
-def learning_rate(name: str, lr: float, *, epoch: int, max_epochs: int, floor: float = 0.0) -> float:
-    """Learning rate of an epoch; it changes per epoch, not per step (MKD specification, section 7).
+def learning_rate(name: str, lr: float, *, epoch: float, max_epochs: int, floor: float = 0.0) -> float:
+    """Learning rate; it changes per epoch, not per step (MKD specification, section 7), but for `PER_STEP`.
 
     Args:
       name: constant: always lr; cosine50_periodic: lr (1 + cos(pi e / 50)) / 2, which rises again after epoch 50;
         cosine50_floor0: the same, 0 from epoch 50 on; cosine_to_max_epochs: reaches 0 at `max_epochs`;
-        cosine_to_floor: reaches `floor` at `max_epochs` (DSMIL; survival_baselines, section 8b).
-      lr: initial rate.
-      epoch: index from 0.
+        cosine_to_floor: reaches `floor` at `max_epochs` (DSMIL; survival_baselines, section 8b); warmup_cosine: rises
+        evenly from 0 at the first step to lr after one epoch, then a cosine to 0 at `max_epochs`, step by step
+        (SurvPath; survival_baselines, section 1).
+      lr: initial rate; the highest of warmup_cosine.
+      epoch: index from 0; warmup_cosine also reads its fraction, steps done / steps per epoch.
       max_epochs: length of the run in epochs.
       floor: train.lr_floor in [0, lr], read by cosine_to_floor only, so that another schedule refuses one.
 
@@ -54,6 +78,8 @@ def learning_rate(name: str, lr: float, *, epoch: int, max_epochs: int, floor: f
 
     if name == "constant":
         return lr
+    if name == WARMUP:
+        return lr * epoch if epoch < 1 else lr * (1.0 + math.cos(math.pi * (epoch - 1) / max(max_epochs - 1, 1))) / 2.0
     period = max_epochs if name in ("cosine_to_max_epochs", "cosine_to_floor") else 50
     if name != "cosine50_periodic":
         epoch = min(epoch, period)
@@ -69,9 +95,10 @@ def make_optimizer(
     name: str = ADAMW,
     betas: Sequence[float] = BETAS,
 ) -> optax.GradientTransformation:
-    """Adam (eps 1e-8) or momentum with weight decay, without its rate: the step multiplies updates by -lr.
+    """Adam (eps 1e-8) and relatives, or momentum, with weight decay, without the rate: the step multiplies by -lr.
 
-    The rate is data, so that one compiled step serves every fold, whatever its steps per epoch.
+    The rate is data, so that one compiled step serves every fold, whatever its steps per epoch. After the step follows
+    `rectified.settle`.
 
     Args:
       weight_decay: strength of the decay.
@@ -80,7 +107,8 @@ def make_optimizer(
       groups: names of all groups.
       name: adamw: decay beside the gradient, p - lr (m / (sqrt(v) + eps) + wd p); adam_l2: L2 in the gradient, Adam on
         g + wd p (G-HANet specification, check C15); sgd: heavy ball on g + wd p with momentum betas[0] (CoCoFNet
-        specification, section 10).
+        specification, section 10); radam: rectified Adam with decay beside the gradient (SurvPath; survival_baselines,
+        section 1); lookahead_radam: the same within Lookahead (TransMIL; section 8).
       betas: decay rates of the two moments, each in [0, 1); sgd has no second one.
 
     Raises:
@@ -89,16 +117,21 @@ def make_optimizer(
     _check_optimizer(name, betas)
     mask = None if decay_bias else lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)
     decay = optax.add_decayed_weights(weight_decay, mask=mask)
+    chosen = _chain(name, betas, decay)
+    if set(trainable) != set(groups):
+        labels = {group: "train" if group in trainable else "frozen" for group in groups}
+        chosen = optax.partition({"train": chosen, "frozen": optax.set_to_zero()}, labels)
+    # Outermost, because it sees parameters, not updates; frozen ones stay equal to their slow copies.
+    return lookahead(chosen) if name == LOOKAHEAD else chosen
+
+
+def _chain(name: str, betas: Sequence[float], decay: optax.GradientTransformation) -> optax.GradientTransformation:
+    if name == SGD:
+        return optax.chain(decay, optax.trace(betas[0]))
+    if name in (RADAM, LOOKAHEAD):
+        return optax.chain(scale_by_radam(*betas), decay)
     adam = optax.scale_by_adam(b1=betas[0], b2=betas[1], eps=1e-8)
-    chosen = {
-        ADAMW: optax.chain(adam, decay),
-        ADAM_L2: optax.chain(decay, adam),
-        SGD: optax.chain(decay, optax.trace(betas[0])),
-    }[name]
-    if set(trainable) == set(groups):
-        return chosen
-    labels = {group: "train" if group in trainable else "frozen" for group in groups}
-    return optax.partition({"train": chosen, "frozen": optax.set_to_zero()}, labels)
+    return optax.chain(decay, adam) if name == ADAM_L2 else optax.chain(adam, decay)
 
 
 def _check_optimizer(name: str, betas: Sequence[float]) -> None:
@@ -106,3 +139,5 @@ def _check_optimizer(name: str, betas: Sequence[float]) -> None:
         raise ValueError(f"train.optimizer={name!r}: expected one of {', '.join(OPTIMIZERS)}")
     if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
         raise ValueError(f"train.betas={tuple(betas)!r}: expected two numbers in [0, 1), e.g. (0.9, 0.999)")
+    if name in (RADAM, LOOKAHEAD):
+        scale_by_radam(*betas)

@@ -248,7 +248,7 @@ class _Group:
 
     def _epoch_steps(self, stage, state, position, streams, bar):
         running, loss = self.running, None
-        lr = np.array([self._lr(r, position.epoch) for r in range(len(self.replicas))], np.float32)
+        rates = self._rates(position.epoch)
         began, waited = time.perf_counter(), 0.0
         patches, sent, taken = (np.zeros(len(self.replicas), np.int64) for _ in range(3))
         bar.set_postfix({"active": f"{running.sum()}/{len(running)}"})
@@ -262,7 +262,7 @@ class _Group:
             waited += time.perf_counter() - asked
             # At most one step in flight, as in a single run.
             jax.block_until_ready(loss)
-            state, loss = self.programs.train(stage, state, batches, lr, self.values, active)
+            state, loss = self.programs.train(stage, state, batches, rates[:, step], self.values, active)
             for r in np.flatnonzero(active):
                 fed = fresh[self.stream_of[r]]
                 patches[r], sent[r], taken[r] = patches[r] + fed.patches, sent[r] + fed.host_bytes, taken[r] + 1
@@ -275,7 +275,7 @@ class _Group:
         shared = {"time_epoch": seconds, "time_data_wait": waited, "active_replicas": int(running.sum())}
         return state, {
             r: {
-                "lr": float(lr[r]),
+                "lr": float(rates[r, self.steps[r] - 1]),
                 **shared,
                 "patches_per_second": patches[r] / seconds,
                 "host_bytes_per_step": sent[r] / max(taken[r], 1),
@@ -288,8 +288,11 @@ class _Group:
         batches = {stream: one.batch for stream, one in fed.items()}
         return stack_batches(self.programs.layout, self.programs.mesh, batches)
 
-    def _lr(self, r: int, epoch: int) -> float:
-        return optim.epoch_rate(self.replicas[r].job.cfg.train, epoch)
+    def _rates(self, epoch: int) -> np.ndarray:
+        """[R, longest epoch] float32 learning rates; the last one is repeated where an epoch is shorter."""
+        longest = int(self.steps.max())
+        own = [optim.step_rates(r.job.cfg.train, epoch, int(n)) for r, n in zip(self.replicas, self.steps)]
+        return np.array([np.pad(rates, (0, longest - len(rates)), mode="edge") for rates in own], np.float32)
 
     def _move(self, r: int, **changes: Any) -> None:
         progress = dataclasses.replace(self.standing[r].progress, **changes)

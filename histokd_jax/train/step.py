@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from data_pipelines import schema
+from histokd_jax.train.rectified import settle
 from histokd_jax.train.state import TrainState
 from histokd_jax.types import Batch, Method
 
@@ -125,6 +126,7 @@ def make_train_step(
         grads = scatter(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         updates = jax.tree.map(lambda u: -lr.astype(u.dtype) * u, updates)
+        params, opt_state = settle(tx, optax.apply_updates(state.params, updates), opt_state)
         one = jnp.ones(())
         metrics = {**metrics, "loss": (loss, one), "grad_norm": (optax.tree.norm(grads), one)}
         totals = {
@@ -132,7 +134,7 @@ def make_train_step(
         }
         state = state.replace(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             extra=extra,
             opt_state=opt_state,
             totals=totals,
