@@ -1,4 +1,4 @@
-"""Real genes and real survival (TCGA-BLCA), SIMULATED bags: what does a slide-only student learn from teachers with genes?
+"""Real genes and survival (TCGA-BLCA), SIMULATED bags: what does a student of slides learn from teachers with genes?
 
     python -m benchmarks.exp_survival_kd --data FOLDER [--only mcat] [--seeds 0,1,2]
 
@@ -74,8 +74,9 @@ def main() -> None:
         },
         metrics={},
         derived=({"smoke": True} if args.smoke else {}) | compare(args, seeds),
-        notes="SIMULATED bags, real genes and overall survival (TCGA-BLCA, official folds). Student: bags alone. C-index "
-        "(Harrell): mean over folds and seeds; bootstraps over patients within folds, paired with the student alone.",
+        notes="SIMULATED bags, real genes and overall survival (TCGA-BLCA, official folds). Student: bags alone. "
+        "C-index (Harrell): mean over folds and seeds; bootstraps over patients within folds, paired with the student "
+        "alone.",
     )
 
 
