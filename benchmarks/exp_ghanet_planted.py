@@ -1,6 +1,6 @@
 """G-HANet on a planted cohort: does it learn, find the planted patches, and rebuild the groups that carry signal?
 
-    python -m benchmarks.exp_ghanet_planted [--seeds 0,1] [--rec-weight 0.3] [--torch] [--out FILE]
+    python -m benchmarks.exp_ghanet_planted [--seeds 0,1] [--vectors signs] [--cohort 0] [--torch] [--out FILE]
 
 Check C27 of the specification: 120 training and 40 held-out patients with a latent z ~ N(0, 1); 40 to 60 patches
 |N(0, 1)| in 1024-d, a fifth of them (at least five) shifted by 1 + 0.35 z on the first 64 coordinates; two gene groups
@@ -43,6 +43,8 @@ GROUPS = (8,) * 6
 FEAT, LENGTH, SIGNAL = 1024, 64, 64
 TRAIN, TEST, WINDOW, EPOCHS = 120, 40, 8, 16
 REFERENCE_C = 0.792
+VECTORS = ("normal", "signs")
+"""What the two signal groups are z times of: N(0, 1), or +-1, so that every feature carries the signal."""
 ACCEPT = {"c_index": 0.74, "q_mass": 0.95, "signal": 0.3, "noise": 0.2}
 
 
@@ -63,8 +65,13 @@ class Cohort(NamedTuple):
         return Cohort(*(field[index] for field in self))
 
 
-def simulate(seed: int) -> Cohort:
-    """Draws the cohort; the first TRAIN patients train, and genes are standardised on them."""
+def simulate(seed: int, vectors: str = "normal") -> Cohort:
+    """Draws the cohort; the first TRAIN patients train, and genes are standardised on them.
+
+    Args:
+      seed: of the cohort.
+      vectors: of `VECTORS`.
+    """
     rng, n = np.random.default_rng(seed), TRAIN + TEST
     z = rng.normal(size=n)
     size = rng.integers(40, 61, n)
@@ -74,6 +81,8 @@ def simulate(seed: int) -> Cohort:
         planted[i, rng.permutation(size[i])[: max(5, round(0.2 * size[i]))]] = True
     patches[..., :SIGNAL] += (planted * (1 + 0.35 * z)[:, None])[..., None]
     directions = rng.normal(size=(2, 8))
+    if vectors == "signs":
+        directions = np.sign(directions)
     groups = [z[:, None] * d + 0.5 * rng.normal(size=(n, 8)) for d in directions]
     groups += [rng.normal(size=(n, 8)) for _ in range(4)]
     genes = np.concatenate(groups, axis=1)
@@ -98,11 +107,12 @@ def _follow_up(rng: np.random.Generator, z: np.ndarray) -> tuple[np.ndarray, np.
 def batch_of(cohort: Cohort) -> dict[str, np.ndarray]:
     """Patients as one bag per row."""
     n = len(cohort.z)
-    valid = np.arange(LENGTH)[None] < cohort.size[:, None]
+    length = cohort.patches.shape[1]
+    valid = np.arange(length)[None] < cohort.size[:, None]
     return {
         "patches": cohort.patches,
         "segment_ids": np.where(valid, np.arange(1, n + 1)[:, None], 0).astype(np.int32),
-        "positions": np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (n, LENGTH)),
+        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), (n, length)),
         "weight": np.ones(n, np.float32),
         "label": cohort.bins.astype(np.int32),
         "event": cohort.event.astype(np.float32),
@@ -120,10 +130,28 @@ def build(rec_weight: float, overrides: Mapping[str, Any]) -> GHanet:
     return make_run(config, DataSpec(FEAT, 4, sum(GROUPS), "survival", GROUPS))
 
 
-def fit(run: GHanet, cohort: Cohort, seed: int, epochs: int, learning_rate: float) -> Any:
-    """Parameters after training: uniform order, windows of patients, Adam with L2 in the gradient."""
+def fit(
+    run: GHanet,
+    cohort: Cohort,
+    seed: int,
+    epochs: int,
+    learning_rate: float,
+    params: Any = None,
+    window: int = WINDOW,
+) -> Any:
+    """Parameters after training: uniform order, windows of patients, Adam with L2 in the gradient.
+
+    Args:
+      run: the networks.
+      cohort: training patients.
+      seed: of initialisation, order and dropout.
+      epochs: passes.
+      learning_rate: constant.
+      params: where to begin; None: initialised.
+      window: patients of a step.
+    """
     tx = optax.chain(optax.add_decayed_weights(1e-5), optax.scale_by_adam(eps=1e-8), optax.scale(-learning_rate))
-    params = jax.jit(run.init)(jax.random.key(seed))[0]
+    params = jax.jit(run.init)(jax.random.key(seed))[0] if params is None else params
     state, rng, number = tx.init(params), np.random.default_rng(seed), 0
 
     def loss(params, batch, key):
@@ -136,9 +164,9 @@ def fit(run: GHanet, cohort: Cohort, seed: int, epochs: int, learning_rate: floa
     step = jax.jit(step, donate_argnums=(0, 1))
     for _ in range(epochs):
         order = rng.permutation(len(cohort.z))
-        for start in range(0, len(order) - WINDOW + 1, WINDOW):
+        for start in range(0, len(order) - window + 1, window):
             key = jax.random.fold_in(jax.random.key(seed), number)
-            params, state = step(params, state, batch_of(cohort.rows(order[start : start + WINDOW])), key)
+            params, state = step(params, state, batch_of(cohort.rows(order[start : start + window])), key)
             number += 1
     return params
 
@@ -149,26 +177,32 @@ def predict(run: GHanet, params: Any, cohort: Cohort) -> tuple[np.ndarray, np.nd
     details = jax.jit(run.details)(params, batch)
     risk = jax.jit(lambda p: run.predict(p, {}, {}, batch, "pathology")["risk"])(params)
     q = np.asarray(jax.jit(run.patch_weights)(params, batch)["Q"])
-    parts = np.asarray(details["reconstruction"]).reshape(-1, len(GROUPS), 8)
+    parts = np.asarray(details["reconstruction"]).reshape(len(cohort.z), run.spec.tokens, -1)
     return np.asarray(risk), parts, [q[:, i, :n] for i, n in enumerate(cohort.size)]
 
 
 def measure(cohort: Cohort, risk: np.ndarray, parts: np.ndarray, q: list[np.ndarray]) -> dict[str, Any]:
-    """C-index, mass of Q on planted patches, cosine of reconstruction and target per group, of held-out patients."""
+    """C-index, mass of Q on planted patches, cosine of reconstruction and target per group, of held-out patients.
+
+    The cosine is the mean over patients; "cosines_pooled" takes a group's values of all patients as one vector, in
+    which patients with a strong signal count more. The specification does not say which it means.
+    """
     mass = np.mean([x @ planted[: x.shape[1]] for x, planted in zip(q, cohort.planted)], axis=0)
     target = cohort.genes.reshape(-1, len(GROUPS), 8)
     norms = np.linalg.norm(parts, axis=2) * np.linalg.norm(target, axis=2)
+    together = np.linalg.norm(parts, axis=(0, 2)) * np.linalg.norm(target, axis=(0, 2))
     return {
         "c_index": harrell_c(risk.astype(np.float64), cohort.time, cohort.event).value,
         "c_index_of_z": harrell_c(cohort.z, cohort.time, cohort.event).value,
         "q_mass": mass.tolist(),
         "cosines": (np.sum(parts * target, axis=2) / norms).mean(axis=0).tolist(),
+        "cosines_pooled": (np.sum(parts * target, axis=(0, 2)) / together).tolist(),
     }
 
 
-def accepted(result: Mapping[str, Any]) -> bool:
-    """Whether a result meets the numbers of the check."""
-    cosines = np.array(result["cosines"])
+def accepted(result: Mapping[str, Any], cosines: str = "cosines") -> bool:
+    """Whether a result meets the numbers of the check, by one of its two cosines."""
+    cosines = np.array(result[cosines])
     return bool(
         result["c_index"] >= ACCEPT["c_index"]
         and min(result["q_mass"]) >= ACCEPT["q_mass"]
@@ -183,19 +217,24 @@ def experiment(
     epochs: int = EPOCHS,
     learning_rate: float = 2e-4,
     overrides: Mapping[str, Any] | None = None,
+    vectors: str = "normal",
+    cohort_seed: int | None = None,
 ) -> dict[str, Any]:
-    """Simulates, trains and measures one seed."""
-    cohort, run = simulate(seed), build(rec_weight, overrides or {})
+    """Simulates, trains and measures one seed; the cohort has the same seed unless it is given."""
+    cohort = simulate(seed if cohort_seed is None else cohort_seed, vectors)
+    run = build(rec_weight, overrides or {})
     params = fit(run, cohort.rows(np.arange(TRAIN)), seed, epochs, learning_rate)
     held_out = cohort.rows(np.arange(TRAIN, TRAIN + TEST))
     return measure(held_out, *predict(run, params, held_out))
 
 
-def torch_experiment(seed: int, epochs: int = EPOCHS) -> dict[str, Any]:
+def torch_experiment(
+    seed: int, epochs: int = EPOCHS, vectors: str = "normal", cohort_seed: int | None = None
+) -> dict[str, Any]:
     """The same with the bag-by-bag PyTorch network, for comparison."""
     from benchmarks import torch_ghanet
 
-    cohort = simulate(seed)
+    cohort = simulate(seed if cohort_seed is None else cohort_seed, vectors)
     found = torch_ghanet.fit_and_predict(cohort, TRAIN, GROUPS, WINDOW, epochs, seed)
     return measure(cohort.rows(np.arange(TRAIN, TRAIN + TEST)), *found)
 
@@ -207,6 +246,8 @@ def main() -> None:
     parser.add_argument("--rec-weight", type=float, default=0.3)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--width", type=int, default=512, help="model.dim; smaller widths are not the reference")
+    parser.add_argument("--vectors", choices=VECTORS, default="normal", help="what the signal groups are z times of")
+    parser.add_argument("--cohort", type=int, default=None, help="seed of the cohort; default: that of the training")
     parser.add_argument("--torch", action="store_true", help="train the PyTorch network of benchmarks.torch_ghanet")
     parser.add_argument("--out", type=pathlib.Path, default=None)
     args = parser.parse_args()
@@ -215,13 +256,17 @@ def main() -> None:
     for seed in map(int, args.seeds.split(",")):
         begin = time.perf_counter()
         if args.torch:
-            result = torch_experiment(seed, args.epochs)
+            result = torch_experiment(seed, args.epochs, args.vectors, args.cohort)
         else:
-            result = experiment(seed, args.rec_weight, args.epochs, overrides=overrides)
-        results[str(seed)] = {**result, "accepted": accepted(result), "seconds": time.perf_counter() - begin}
+            result = experiment(
+                seed, args.rec_weight, args.epochs, overrides=overrides, vectors=args.vectors, cohort_seed=args.cohort
+            )
+        verdicts = {f"accepted_by_{name}": accepted(result, name) for name in ("cosines", "cosines_pooled")}
+        results[str(seed)] = {**result, **verdicts, "seconds": time.perf_counter() - begin}
         print(json.dumps({"seed": seed, **results[str(seed)]}), flush=True)
     if args.out:
         settings = {"rec_weight": args.rec_weight, "epochs": args.epochs, "width": args.width}
+        settings |= {"vectors": args.vectors, "cohort": args.cohort}
         args.out.write_text(json.dumps({"settings": settings, "accept": ACCEPT, "seeds": results}, indent=1) + "\n")
 
 

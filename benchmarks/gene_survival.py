@@ -74,7 +74,7 @@ class Recipe:
       b: patients per update.
       remainder: of an epoch's draws, see `windows.accumulation_windows`.
       lr: initial rate.
-      schedule: one of `optim.SCHEDULES`, or "constant".
+      schedule: one of `schedules.SCHEDULES`, or "constant".
       optimizer: "adam_l2" (decay in the gradient) or "adamw".
       wd: weight decay.
       epochs: number of epochs; the last state counts.

@@ -121,7 +121,15 @@ def _loss(logits: torch.Tensor, parts: list[torch.Tensor], targets: torch.Tensor
     return total
 
 
-def fit_and_predict(cohort: Any, train: int, groups: tuple[int, ...], window: int, epochs: int, seed: int) -> tuple:
+def fit_and_predict(
+    cohort: Any,
+    train: int,
+    groups: tuple[int, ...],
+    window: int,
+    epochs: int,
+    seed: int,
+    net: GHanet | None = None,
+) -> tuple:
     """Trains on the first `train` patients and predicts the others.
 
     Args:
@@ -131,13 +139,14 @@ def fit_and_predict(cohort: Any, train: int, groups: tuple[int, ...], window: in
       window: patients whose gradients are accumulated.
       epochs: passes in uniform order.
       seed: of initialisation, order and dropout.
+      net: where to begin; None: initialised.
 
     Returns:
       (risk [n], reconstruction [n, groups, size], list of Q [groups, N]) of the other patients.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    net = GHanet(cohort.patches.shape[-1], groups)
+    net = net or GHanet(cohort.patches.shape[-1], groups)
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-4, weight_decay=1e-5)
     bags = [torch.tensor(x[:n]) for x, n in zip(cohort.patches, cohort.size)]
     targets = torch.tensor(cohort.genes).view(len(bags), len(groups), -1)

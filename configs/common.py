@@ -88,9 +88,12 @@ def base() -> ConfigDict:
             lr=2e-4,
             wd=1e-5,
             decay_bias=True,
-            optimizer="adamw",  # adamw: decay beside the gradient | adam_l2: L2 in the gradient, as many authors train
+            # adamw: decay beside the gradient | adam_l2: L2 in the gradient, as many authors train | radam and
+            # lookahead_radam: rectified, decay beside the gradient | sgd: momentum betas[0], L2 in the gradient
+            optimizer="adamw",
             betas=(0.9, 0.999),
-            # constant | cosine50_floor0 | cosine50_periodic | cosine_to_max_epochs | cosine_to_floor (train.lr_floor)
+            # constant | cosine50_floor0 | cosine50_periodic | cosine_to_max_epochs | cosine_to_floor (train.lr_floor) |
+            # warmup_cosine (per step: one epoch up, then down to 0)
             lr_schedule="cosine50_floor0",
             lr_floor=0.0,
             max_epochs=100,

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from histokd_jax.evals.survival.brier import Brier, brier_score, survival_at
+from histokd_jax.evals.survival.brier import Brier, brier_score, integrated_brier_resampled, survival_at
 from histokd_jax.evals.survival.censoring import CensoringDistribution, censoring_distribution
-from histokd_jax.evals.survival.concordance import harrell_c, uno_c
-from histokd_jax.evals.survival.dynamic_auc import integrated_auc
+from histokd_jax.evals.survival.concordance import harrell_c, harrell_c_resampled, uno_c, uno_c_resampled
+from histokd_jax.evals.survival.dynamic_auc import integrated_auc, integrated_auc_resampled
 from histokd_jax.evals.survival.groups import HIGH, LOW, Patients, median_split, per_patient
 from histokd_jax.evals.survival.logrank import logrank
+from histokd_jax.evals.survival.resampling import Metric
 from histokd_jax.evals.survival_predictions import SurvivalPredictions
 
 LABELS = {
@@ -46,6 +47,10 @@ class Reference:
         return censoring_distribution(self.time, self.event)
 
 
+NOTHING = Reference(np.zeros(0), np.zeros(0, bool), ())
+"""For metrics that need nothing of the training part."""
+
+
 def mean_nll(hazards: np.ndarray, bin_index: np.ndarray, event: np.ndarray, clamp: float = 1e-7) -> float:
     """Mean negative log-likelihood of discrete hazards (G-HANet section 5, `nll_surv` with a = 0).
 
@@ -73,14 +78,62 @@ def fold_metrics(rows: SurvivalPredictions, reference: Reference) -> dict[str, t
     time, event = rows.time_months, rows.event == 1
     censoring = reference.censoring
     harrell = harrell_c(rows.risk, time, event)
-    # Deaths behind the training follow-up have no weight; everything up to it counts.
-    uno = uno_c(rows.risk, time, event, censoring, tau=float(np.nextafter(censoring.support, np.inf)))
+    uno = uno_c(rows.risk, time, event, censoring, tau=_tau(reference))
     auc = integrated_auc(rows.risk, time, event, reference.time, reference.event)
     found = {"c_index": (harrell.value, harrell.reason), "c_ipcw": (uno.value, uno.reason)}
     found["iauc"] = (auc.mean, auc.reason)
     brier = brier_over_time(rows, reference)
     found["ibs"] = (np.nan, "") if brier is None else (brier.integrated, brier.reason)
     return found
+
+
+def resampled(name: str, rows: SurvivalPredictions, reference: Reference, weights: np.ndarray) -> np.ndarray:
+    """One metric of `fold_metrics` in every bootstrap resample of a fold's patients.
+
+    The training part and the evaluation times are not resampled.
+
+    Args:
+      name: of `LABELS`.
+      rows: [n] of one mode and fold.
+      reference: the training part of the fold.
+      weights: [B, n] float, how often each row is drawn.
+
+    Returns:
+      [B] float64; NaN where the metric is undefined.
+    """
+    columns = (rows.risk, rows.time_months, rows.event == 1, weights)
+    if name == "c_index":
+        return harrell_c_resampled(*columns)
+    if name == "c_ipcw":
+        return uno_c_resampled(*columns, reference.censoring, tau=_tau(reference))
+    if name == "iauc":
+        return integrated_auc_resampled(*columns, reference.time, reference.event)
+    times = evaluation_times(rows, reference)
+    if not rows.num_bins or len(times) < 2:
+        return np.full(len(weights), np.nan)
+    survival = predicted_survival(rows, reference.edges, times)
+    return integrated_brier_resampled(survival, *columns[1:], times, reference.censoring)
+
+
+def metric_of(name: str, table: SurvivalPredictions, reference: Mapping[int, Reference] | None) -> Metric:
+    """A metric of `fold_metrics` as `resampling.fold_metric` takes it.
+
+    Args:
+      name: of `LABELS`.
+      table: rows of one mode, all folds.
+      reference: fold -> its training part; only Harrell's C-index does without.
+    """
+
+    def metric(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        own = table.where(rows)
+        return resampled(name, own, NOTHING if reference is None else reference[own.folds[0]], weights)
+
+    return metric
+
+
+def _tau(reference: Reference) -> float:
+    # Deaths behind the training follow-up have no weight; everything up to it counts.
+    return float(np.nextafter(reference.censoring.support, np.inf))
 
 
 def evaluation_times(rows: SurvivalPredictions, reference: Reference) -> np.ndarray:

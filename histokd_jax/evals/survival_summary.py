@@ -13,11 +13,12 @@ import numpy as np
 
 from histokd_jax.evals import summary as common
 from histokd_jax.evals.ablation import Measure
+from histokd_jax.evals.bootstrap import Resamples
 from histokd_jax.evals.survival.concordance import harrell_c, harrell_c_resampled
 from histokd_jax.evals.survival.groups import SCOPES
-from histokd_jax.evals.survival.resampling import FoldMetric, c_index, pooled_c_index
+from histokd_jax.evals.survival.resampling import FoldMetric, draw_patients, fold_metric, pooled_c_index
 from histokd_jax.evals.survival.resampling import compare as paired
-from histokd_jax.evals.survival_measures import LABELS, Reference, fold_metrics, logrank_of
+from histokd_jax.evals.survival_measures import LABELS, Reference, fold_metrics, logrank_of, metric_of
 from histokd_jax.evals.survival_predictions import SurvivalPredictions
 
 FORMAT_VERSION = 1
@@ -33,7 +34,11 @@ def summarise(
     unit: str = "patient",
     facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Metrics of every mode: per fold, mean, population standard deviation, bootstrap interval of the C-index.
+    """Metrics of every mode: per fold, mean, population standard deviation, bootstrap interval.
+
+    Training parts (weights of censoring, time bins) and evaluation times stay as they are in every resample. One in
+    which a metric is undefined, e.g. because nobody drawn died before the first evaluation time, is left out of the
+    interval of that metric and counted.
 
     Args:
       table: predictions of one split with known follow-up.
@@ -45,7 +50,8 @@ def summarise(
 
     Returns:
       {"format_version", "num_bins", "folds", "bootstrap": {...}, "modes": {mode: {"n_rows", "n_patients",
-      "per_fold_counts": [{"fold", "n", "events"}], "metrics": {name: {"per_fold", "mean", "std", "ci", "reason", ...}},
+      "per_fold_counts": [{"fold", "n", "events"}], "metrics": {name: {"per_fold", "mean", "std", "ci",
+      "n_undefined_resamples", "reason", ...}},
       "pooled": {"c_index", "ci", "reason", "logrank": {scope: {"p", "statistic", "n", "deaths", "reason"}}}}},
       **facts}.
       Metrics of predicted survival are absent for a Cox head.
@@ -71,25 +77,28 @@ def compare(
     ours: SurvivalPredictions,
     control: SurvivalPredictions,
     *,
+    reference: Mapping[int, Reference] | None = None,
     bootstrap: int = 2000,
     seed: int = 0,
     unit: str = "patient",
 ) -> dict[str, Any]:
-    """What an arm bought over its control: paired difference of the C-index in the modes both have.
+    """What an arm bought over its control: paired differences in the modes both have.
 
     Args:
       ours: predictions of one arm.
       control: of the other, on the same patients and folds.
+      reference: fold -> its training part, equal for both; None compares Harrell's C-index only.
       bootstrap: resamples of patients within folds, the same for both arms.
       seed: of the resampling.
       unit: "patient".
 
     Returns:
       {"bootstrap": {...}, "modes": {mode: {"n_patients", "metrics": {name: {"distilled", "control", "difference",
-      "per_fold", "ci", "folds_t", "verdict", "reason"}}}}}.
+      "per_fold", "ci", "n_undefined_resamples", "p", "folds_t", "verdict", "reason"}}}}}. The Brier score is absent
+      where an arm predicts no survival.
 
     Raises:
-      ValueError: the arms share no mode, or differ in patients, folds or follow-up.
+      ValueError: the arms share no mode, or differ in patients, folds or follow-up, or a fold has no reference.
     """
     modes = [mode for mode in ours.modes if mode in control.modes]
     if not modes:
@@ -98,7 +107,9 @@ def compare(
     for mode in modes:
         a, b = ours.of_mode(mode).sorted(), control.of_mode(mode).sorted()
         _check_paired(a, b, mode)
-        compared[mode] = _compare_mode(a, b, bootstrap, seed)
+        if reference is not None:
+            _check_references(a, reference)
+        compared[mode] = _compare_mode(a, b, reference, bootstrap, seed)
     return common.to_json({"bootstrap": _how(bootstrap, seed, unit), "modes": compared})
 
 
@@ -111,7 +122,9 @@ def print_table(summary: Mapping[str, Any]) -> str:
     Returns:
       One line per metric and mode.
     """
-    title = f"{len(summary['folds'])} fold(s); mean +- population std over folds [bootstrap 95 % CI over patients]"
+    resamples = summary["bootstrap"]["resamples"]
+    title = f"{len(summary['folds'])} fold(s); mean +- population std over folds [95 % CI, {resamples} bootstrap "
+    title += "resamples of patients]"
     lines = ["; ".join([*common.marks(summary), title])]
     lines += [f"{'mode':<12} {'metric':<30} {'mean':>6}    {'std':>5}  {'CI':<16} note"]
     for mode, entry in summary["modes"].items():
@@ -119,7 +132,7 @@ def print_table(summary: Mapping[str, Any]) -> str:
             undefined = row["ci"][0] is None
             interval = "" if undefined else "[" + ", ".join(common.fixed(x) for x in row["ci"]) + "]"
             spread = f"+- {common.fixed(row['std']):>5}" if row["n_folds"] > 1 else " " * 8
-            cells = f"{common.fixed(row['mean']):>6} {spread}  {interval:<16} {row['reason'] or ''}"
+            cells = f"{common.fixed(row['mean']):>6} {spread}  {interval:<16} {remark(row)}"
             lines.append(f"{mode:<12} {LABELS[name]:<30} {cells}".rstrip())
         test = entry["pooled"]["logrank"]["pooled"]
         p = test["reason"] if test["p"] is None else f"p = {test['p']:.3g}"
@@ -130,23 +143,36 @@ def print_table(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def remark(row: Mapping[str, Any]) -> str:
+    """What must be said of a metric or difference: why a fold or its interval is undefined, and what was left out.
+
+    Args:
+      row: a metric of `summarise` or of `compare`.
+    """
+    said = [row["reason"]] if row["reason"] else []
+    left_out = row.get("n_undefined_resamples")
+    if left_out and row["ci"][0] is not None:
+        said.append(f"undefined in {left_out} resamples, which the interval leaves out")
+    return "; ".join(said)
+
+
 def _summarise_mode(
     rows: SurvivalPredictions, reference: Mapping[int, Reference], bootstrap: int, seed: int
 ) -> dict[str, Any]:
     values, reasons = _fold_values(rows, reference)
-    c = _c_index(rows, bootstrap, seed)
-    metrics = {}
+    drawn, metrics = _draw(rows, bootstrap, seed), {}
     for name, per_fold in values.items():
-        if not np.isnan(per_fold).all() or reasons[name]:
-            facts = {"per_fold": per_fold, **common.mean_std(per_fold)}
-            metrics[name] = {**facts, "ci": [np.nan, np.nan], "reason": reasons[name] or None}
-    reason = "; ".join(r for r in (reasons["c_index"], c.interval.reason) if r) or None
-    facts = {"n_undefined_resamples": c.interval.n_undefined, "reason": reason}
-    metrics["c_index"] |= {"ci": [c.interval.low, c.interval.high], **facts}
+        if np.isnan(per_fold).all() and not reasons[name]:
+            continue
+        interval = _metric(rows, reference, name, drawn).interval
+        reason = "; ".join(r for r in (reasons[name], interval.reason) if r) or None
+        facts = {"n_undefined_resamples": interval.n_undefined, "reason": reason}
+        ends = [interval.low, interval.high]
+        metrics[name] = {"per_fold": per_fold, **common.mean_std(per_fold), "ci": ends, **facts}
     return {
         "n_rows": len(rows),
         "n_patients": len(np.unique(rows.case_id)),
-        "n_redrawn_resamples": c.n_redrawn,
+        "n_redrawn_resamples": drawn.n_redrawn,
         "per_fold_counts": [_counts(rows, k) for k in rows.folds],
         "metrics": metrics,
         "pooled": _pooled(rows, bootstrap, seed),
@@ -174,28 +200,49 @@ def _pooled(rows: SurvivalPredictions, bootstrap: int, seed: int) -> dict[str, A
     return {**facts, "logrank": {scope: logrank_of(rows, scope)[0] for scope in SCOPES}}
 
 
-def _c_index(rows: SurvivalPredictions, resamples: int, seed: int) -> FoldMetric:
-    columns = (rows.case_id, rows.fold, rows.time_months, rows.event == 1, rows.risk)
-    return c_index(*columns, resamples=resamples, seed=seed, level=common.LEVEL)
+def _draw(rows: SurvivalPredictions, resamples: int, seed: int) -> Resamples:
+    return draw_patients(rows.case_id, rows.fold, rows.event == 1, resamples=resamples, seed=seed)
 
 
-def _compare_mode(a: SurvivalPredictions, b: SurvivalPredictions, bootstrap: int, seed: int) -> dict[str, Any]:
-    ours, theirs = _c_index(a, bootstrap, seed), _c_index(b, bootstrap, seed)
+def _metric(
+    rows: SurvivalPredictions, reference: Mapping[int, Reference] | None, name: str, drawn: Resamples
+) -> FoldMetric:
+    return fold_metric(metric_of(name, rows, reference), rows.fold, drawn, level=common.LEVEL)
+
+
+def _compare_mode(
+    a: SurvivalPredictions,
+    b: SurvivalPredictions,
+    reference: Mapping[int, Reference] | None,
+    bootstrap: int,
+    seed: int,
+) -> dict[str, Any]:
+    # Equal patients, folds and events, hence the same draw for both.
+    drawn = _draw(a, bootstrap, seed)
+    names = [name for name in LABELS if name != "ibs" or (a.num_bins and b.num_bins)]
+    metrics = {}
+    for name in names if reference is not None else ("c_index",):
+        ours, theirs = (_metric(rows, reference, name, drawn) for rows in (a, b))
+        metrics[name] = _difference(ours, theirs, lower_is_better=name in LOWER_IS_BETTER)
+    facts = {"n_patients": len(np.unique(a.case_id)), "n_redrawn_resamples": drawn.n_redrawn}
+    return {**facts, "metrics": metrics}
+
+
+def _difference(ours: FoldMetric, theirs: FoldMetric, *, lower_is_better: bool) -> dict[str, Any]:
     found = paired(ours, theirs, level=common.LEVEL)
     low, high = found.interval.low, found.interval.high
-    row = {
+    return {
         "distilled": ours.value,
         "control": theirs.value,
         "difference": found.difference,
         "per_fold": [ours.folds[k] - theirs.folds[k] for k in ours.folds],
         "ci": [low, high],
+        "n_undefined_resamples": found.interval.n_undefined,
         "p": found.p,
         "folds_t": common.t_facts(found.fold_interval),
-        "verdict": common.verdict(found.difference, low, high),
+        "verdict": common.verdict(found.difference, low, high, lower_is_better=lower_is_better),
         "reason": found.interval.reason or None,
     }
-    facts = {"n_patients": len(np.unique(a.case_id)), "n_redrawn_resamples": ours.n_redrawn}
-    return {**facts, "metrics": {"c_index": row}}
 
 
 def _counts(rows: SurvivalPredictions, fold: int) -> dict[str, Any]:
@@ -215,6 +262,10 @@ def _check(table: SurvivalPredictions, reference: Mapping[int, Reference], unit:
     if not table.known.all():
         i = int(np.argmin(table.known))
         raise ValueError(f"case {str(table.case_id[i])!r} (row {i}) has no follow-up; metrics need it for every row")
+    _check_references(table, reference)
+
+
+def _check_references(table: SurvivalPredictions, reference: Mapping[int, Reference]) -> None:
     absent = sorted(set(table.folds) - set(reference))
     if absent:
         raise ValueError(f"folds {absent} have no follow-up of their training part, which the metrics need")

@@ -20,7 +20,7 @@ from histokd_jax.evals.survival_measures import (
     predicted_survival,
 )
 from histokd_jax.evals.survival_predictions import SurvivalPredictions
-from histokd_jax.evals.survival_summary import compare
+from histokd_jax.evals.survival_summary import LOWER_IS_BETTER, compare, remark
 from histokd_jax.report import plots, survival_plots
 from histokd_jax.report.html import Body, Cell, Html, Part, element, figure, join, table
 from histokd_jax.report.results import count, interval, notes_of, number, tile
@@ -49,7 +49,7 @@ def mode_title(mode: str) -> str:
 def body(run: Run) -> Body:
     """Everything that a survival run shows beside what every run shows."""
     references = read_references(run)
-    comparison = _comparison(run)
+    comparison = _comparison(run, references)
     parts = [
         Part("results", "Results", "Results on the test folds", results_table(run)),
         Part("risk-groups", "Kaplan-Meier", "Survival by predicted risk", kaplan_meier_figure(run)),
@@ -109,8 +109,8 @@ def results_table(run: Run) -> Html:
                 cells.append(Cell("not predicted"))
                 continue
             spread = f" ± {number(row['std'])}" if row["n_folds"] > 1 else ""
-            cells.append(Cell(number(row["mean"]) + spread, interval(row["ci"]) if name == "c_index" else ""))
-            notes += [f"{label}, {mode_title(mode)}: {row['reason']}."] if row["reason"] else []
+            cells.append(Cell(number(row["mean"]) + spread, interval(row["ci"])))
+            notes += [f"{label}, {mode_title(mode)}: {remark(row)}."] if remark(row) else []
         rows.append([label, *cells])
     pooled = [entry["pooled"] for entry in modes.values()]
     rows.append(["C-index, folds pooled", *(Cell(number(p["c_index"]), interval(p["ci"])) for p in pooled)])
@@ -120,10 +120,10 @@ def results_table(run: Run) -> Html:
     what = f"mean ± population standard deviation over {folds} folds" if folds > 1 else "one fold"
     resampling = run.summary["bootstrap"]
     caption = (
-        f"Performance on the reported part: {what}; below the C-index its 95 % bootstrap interval "
+        f"Performance on the reported part: {what}; below each metric its 95 % bootstrap interval "
         f"({resampling['resamples']} resamples; {resampling['how']}). Weights of censoring come from the training "
         "patients of each fold; Brier score and AUC are averaged over 15 times between the 20th and 81st percentile of "
-        "follow-up. Pooled figures rank risks of different networks against each other."
+        "follow-up; neither is resampled. Pooled figures rank risks of different networks against each other."
     )
     header = ["Metric", *(mode_title(mode) for mode in modes)]
     return join([table(header, rows, caption=caption, marks=run.marks), notes_of(notes)])
@@ -243,49 +243,62 @@ def fold_table(run: Run) -> Html:
 
 
 def comparison_section(run: Run, comparison: Mapping[str, Any] | None) -> Html:
-    """Paired difference of the C-index, or why nothing can be said."""
+    """Paired differences of all metrics, or why nothing can be said."""
     if comparison is None:
         text = (
             "This run has no control arm on the same folds, so nothing can be said about what its extra terms bought."
         )
         return element("p", text, class_="verdict")
-    rows, groups = [], {}
-    for mode, entry in comparison["modes"].items():
-        row = entry["metrics"]["c_index"]
-        ends = [math.nan if x is None else x for x in (row["difference"], *row["ci"])]
-        per_fold = [math.nan if x is None else x for x in row["per_fold"]]
-        groups[mode_title(mode)] = [plots.Effect("C-index", *ends, per_fold)]
-        t = row["folds_t"]
-        rows.append(
-            [
-                mode_title(mode),
-                Cell(number(row["distilled"])),
-                Cell(number(row["control"])),
-                Cell(number(row["difference"], signed=True), interval(row["ci"], signed=True)),
-                Cell(p_value(row["p"])),
-                Cell(p_value(t["p"]), f"n = {t['n']}"),
-                Cell(row["verdict"], row["reason"] or "", css=""),
-            ]
-        )
+    found = [
+        (mode_title(mode), name, row)
+        for mode, entry in comparison["modes"].items()
+        for name, row in entry["metrics"].items()
+    ]
+    rows = [_compared(f"{LABELS[name]}, {title}", row) for title, name, row in found]
+    groups: dict[str, list[plots.Effect]] = {}
+    for title, name, row in found:
+        # An error would point the other way.
+        if name not in LOWER_IS_BETTER:
+            groups.setdefault(title, []).append(_effect(LABELS[name], row))
     caption = (
-        f"This run against its control ({_control_words(run)}), paired on the same patients. The interval covers the "
-        "choice of patients, not the randomness of training; training sets of folds overlap, so the t-test over folds "
-        "is too optimistic."
+        f"This run against its control ({_control_words(run)}), paired on the same patients "
+        f"({comparison['bootstrap']['resamples']} resamples). The interval covers the choice of patients, not the "
+        "randomness of training; training sets of folds overlap, so the t-test over folds is too optimistic. The Brier "
+        "score is an error: a difference below 0 is a gain."
     )
-    header = ["C-index", "This run", "Control", "Difference", "Bootstrap p", "Folds: t-test p", "Reading"]
-    alt = "Forest plot of the paired differences of the C-index"
-    uri = plots.forest(groups, x="difference of the C-index, this run - control (right of 0: this run is better)")
+    header = ["Metric", "This run", "Control", "Difference", "Bootstrap p", "Folds: t-test p", "Reading"]
+    alt = "Forest plot of the paired differences of the C-index and the AUC"
+    uri = plots.forest(groups, x="difference, this run - control (right of 0: this run is better)")
     words = "Bars are 95 % bootstrap intervals of the paired difference; small dots are the folds."
     return join(
         [table(header, rows, caption=caption, marks=run.marks), figure(uri, alt=alt, caption=words, marks=run.marks)]
     )
 
 
-def _comparison(run: Run) -> dict[str, Any] | None:
+def _compared(label: str, row: Mapping[str, Any]) -> list[str | Cell]:
+    t = row["folds_t"]
+    return [
+        label,
+        Cell(number(row["distilled"])),
+        Cell(number(row["control"])),
+        Cell(number(row["difference"], signed=True), interval(row["ci"], signed=True)),
+        Cell(p_value(row["p"])),
+        Cell(p_value(t["p"]), f"n = {t['n']}"),
+        Cell(row["verdict"], remark(row), css=""),
+    ]
+
+
+def _effect(label: str, row: Mapping[str, Any]) -> plots.Effect:
+    ends = [math.nan if x is None else x for x in (row["difference"], *row["ci"])]
+    return plots.Effect(label, *ends, [math.nan if x is None else x for x in row["per_fold"]])
+
+
+def _comparison(run: Run, references: Mapping[int, Reference]) -> dict[str, Any] | None:
     if run.control is None:
         return None
     facts = run.summary["bootstrap"]
-    return compare(run.test, run.control.test, bootstrap=facts["resamples"], seed=facts["seed"])
+    options = {"bootstrap": facts["resamples"], "seed": facts["seed"]}
+    return compare(run.test, run.control.test, reference=references, **options)
 
 
 def _control_words(run: Run) -> str:

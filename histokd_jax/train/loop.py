@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data_pipelines.cohort import Cohort
 from histokd_jax.tasks import Table
-from histokd_jax.train import distributed, evaluate, held, optim, preparation
+from histokd_jax.train import distributed, evaluate, held, preparation, schedules
 from histokd_jax.train.checkpoint import RunCheckpoints
 from histokd_jax.train.experiment import FoldData
 from histokd_jax.train.feed import Feeder
@@ -73,14 +73,14 @@ class Progress:
         """The state after the monitor of an epoch is known, and whether the epoch is the best so far."""
         stopper, improved = self.stopper.update(value, epoch, cfg.early_stop.get("ties_improve", False))
         plateau = self.plateau
-        if cfg.train.lr_schedule == optim.PLATEAU:
+        if cfg.train.lr_schedule == schedules.PLATEAU:
             plateau = plateau.update(value, cfg.train.plateau_patience)
         return dataclasses.replace(self, stopper=stopper, plateau=plateau), improved
 
-    def rate(self, cfg: ConfigDict) -> float:
-        """Learning rate of the present epoch."""
+    def rates(self, cfg: ConfigDict, steps: int) -> np.ndarray:
+        """[steps] float64: learning rate of every step of the present epoch."""
         scale = self.plateau.scale(cfg.train.plateau_factor) if self.plateau.reductions else 1.0
-        return scale * optim.epoch_rate(cfg.train, self.epoch)
+        return scale * schedules.step_rates(cfg.train, self.epoch, steps)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -234,7 +234,7 @@ class _StageRunner:
 
     def _epoch_steps(self, state, progress, batches, bar):
         cfg, programs = self.job.cfg, self.job.programs
-        lr = progress.rate(cfg)
+        rates = progress.rates(cfg, self.plan.steps_per_epoch)
         first, began, waited, patches, sent, loss = progress.step, time.perf_counter(), 0.0, 0, 0, None
         # Nothing may reach or leave a device unasked: such a transfer would make every step wait for the host.
         with jax.transfer_guard("disallow"):
@@ -244,7 +244,8 @@ class _StageRunner:
                 waited += time.perf_counter() - asked
                 # At most one step in flight: dispatch would otherwise run ahead and hold every batch in memory.
                 jax.block_until_ready(loss)
-                state, loss = programs.train(self.stage, state, fed.batch, lr, self.job.frozen)
+                rate = float(rates[progress.step % self.plan.steps_per_epoch])
+                state, loss = programs.train(self.stage, state, fed.batch, rate, self.job.frozen)
                 patches, sent = patches + fed.patches, sent + fed.host_bytes
                 progress = dataclasses.replace(progress, step=progress.step + 1)
                 bar.update()
@@ -256,7 +257,7 @@ class _StageRunner:
             state,
             progress,
             {
-                "lr": lr,
+                "lr": float(rates[-1]),
                 "time_epoch": seconds,
                 "time_data_wait": waited,
                 "input_bound_fraction": waited / seconds,

@@ -37,18 +37,7 @@ class Programs:
 
     def optimizer(self, stage: Stage, groups: Mapping[str, Any]):
         """The optimizer of a stage."""
-        train = self._cfg.train
-        return optim.make_optimizer(
-            weight_decay=train.wd,
-            decay_bias=train.decay_bias,
-            trainable=stage.trainable,
-            groups=tuple(groups),
-            frozen=stage.frozen,
-            name=train.optimizer,
-            betas=train.betas,
-            clip_norm=train.get("clip_norm", 0.0),
-            undecayed=stage.undecayed,
-        )
+        return optim.from_config(self._cfg.train, stage, tuple(groups))
 
     def start(
         self,

@@ -250,7 +250,7 @@ class _Group:
 
     def _epoch_steps(self, stage, state, position, streams, bar):
         running, loss = self.running, None
-        lr = np.array([self._lr(r, position.epoch) for r in range(len(self.replicas))], np.float32)
+        rates = self._rates(position.epoch)
         began, waited = time.perf_counter(), 0.0
         patches, sent, taken = (np.zeros(len(self.replicas), np.int64) for _ in range(3))
         bar.set_postfix({"active": f"{running.sum()}/{len(running)}"})
@@ -264,7 +264,7 @@ class _Group:
             waited += time.perf_counter() - asked
             # At most one step in flight, as in a single run.
             jax.block_until_ready(loss)
-            state, loss = self.programs.train(stage, state, batches, lr, self.values, active)
+            state, loss = self.programs.train(stage, state, batches, rates[:, step], self.values, active)
             for r in np.flatnonzero(active):
                 fed = fresh[self.stream_of[r]]
                 patches[r], sent[r], taken[r] = patches[r] + fed.patches, sent[r] + fed.host_bytes, taken[r] + 1
@@ -277,7 +277,7 @@ class _Group:
         shared = {"time_epoch": seconds, "time_data_wait": waited, "active_replicas": int(running.sum())}
         return state, {
             r: {
-                "lr": float(lr[r]),
+                "lr": float(rates[r, self.steps[r] - 1]),
                 **shared,
                 "patches_per_second": patches[r] / seconds,
                 "host_bytes_per_step": sent[r] / max(taken[r], 1),
@@ -300,8 +300,12 @@ class _Group:
         keys = ((r.job.cfg.seed, stream) for r, stream in zip(self.replicas, self.stream_of))
         return [(*done[key], rng) for key, (_, _, rng) in zip(keys, starts)]
 
-    def _lr(self, r: int, epoch: int) -> float:
-        return dataclasses.replace(self.standing[r].progress, epoch=epoch).rate(self.replicas[r].job.cfg)
+    def _rates(self, epoch: int) -> np.ndarray:
+        """[R, longest epoch] float32 learning rates; the last one is repeated where an epoch is shorter."""
+        longest = int(self.steps.max())
+        progress = [dataclasses.replace(standing.progress, epoch=epoch) for standing in self.standing]
+        own = [p.rates(r.job.cfg, int(n)) for p, r, n in zip(progress, self.replicas, self.steps)]
+        return np.array([np.pad(rates, (0, longest - len(rates)), mode="edge") for rates in own], np.float32)
 
     def _move(self, r: int, **changes: Any) -> None:
         progress = dataclasses.replace(self.standing[r].progress, **changes)

@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipelines.pipeline import StepSource
+from histokd_jax.train import optim
 from histokd_jax.train.experiment import FoldData, share_shapes
 from histokd_jax.train.replica_step import VMAP, resolve_loop
 from histokd_jax.types import Method
@@ -133,7 +134,8 @@ def split_to_fit(
 def memory_of(method: Method, cfg: ConfigDict, source: StepSource) -> tuple[int, int]:
     """(bytes of one replica, bytes of the batches of one stream), for `split_to_fit`."""
     params, extra = jax.eval_shape(method.init, jax.random.key(0))
-    state = _COPIES * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((params, extra)))
+    copies = _COPIES + (cfg.train.optimizer == optim.LOOKAHEAD)  # its slow weights
+    state = copies * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((params, extra)))
     slot = sum(values[:1].nbytes for values in source.table.fields.values())
     step = source.step_bytes(source.plan.rows) + source.plan.num_slots * slot
     if resolve_loop(cfg.train.replica_loop, jax.devices()[0].platform) == VMAP:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from data_pipelines import schema
+from histokd_jax.train.rectified import settle
 from histokd_jax.train.state import TrainState
 from histokd_jax.types import Batch, Method
 
@@ -125,15 +126,15 @@ def make_train_step(
         grads = scatter(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         updates = jax.tree.map(lambda u: -lr.astype(u.dtype) * u, updates)
+        params, opt_state = settle(tx, optax.apply_updates(state.params, updates), opt_state)
         one = jnp.ones(())
         metrics = {**metrics, "loss": (loss, one), "grad_norm": (optax.tree.norm(grads), one)}
         totals = {
             name: (total + metrics[name][0], count + metrics[name][1]) for name, (total, count) in state.totals.items()
         }
-        updated = optax.apply_updates(state.params, updates)
         state = state.replace(
             step=state.step + 1,
-            params=updated if method.after_update is None else method.after_update(updated),
+            params=params if method.after_update is None else method.after_update(params),
             extra=extra,
             opt_state=opt_state,
             totals=totals,

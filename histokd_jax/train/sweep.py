@@ -43,6 +43,7 @@ from histokd_jax.train.loop import Fit, Job
 from histokd_jax.train.replica_loop import Replica, failure, fit_group
 from histokd_jax.train.run_summary import resampling
 from histokd_jax.train.signals import StopRequest
+from histokd_jax.train.widths import Widths
 from histokd_jax.types import Method
 from histokd_jax.utils import config as config_utils
 
@@ -95,6 +96,8 @@ class Sweep:
         ]
         for number, group in enumerate(self.groups):
             varying = f"; as data: {', '.join(group.varying)}" if group.varying else ""
+            if gene_choice.varies_by_fold(self.experiments[group.settings[0]].cfg):
+                varying += "; one program for every choice of sizes of the gene groups"
             lines.append(
                 f"  group {number}: {len(self.members(group))} replicas of {', '.join(group.settings)}{varying}"
             )
@@ -126,20 +129,19 @@ def prepare(settings: Mapping[str, ConfigDict], reference: str, seeds: Sequence[
             )
         try:
             run.check_method(cfg)
-            _check_widths(cfg)
             key = _data_key(cfg)
             if key not in loaded:
                 loaded[key] = kind.load_experiment(cfg)
         except ValueError as error:
             raise ValueError(f"setting {name}: {error}") from error
         experiments[name] = dataclasses.replace(loaded[key], cfg=cfg)
-    methods = {name: run.make_method(experiment) for name, experiment in experiments.items()}
     first = experiments[reference]
+    folds = tuple(run.fold_numbers(first.cfg.fold, len(first.folds)))
+    methods = {name: _checked_method(name, experiment, folds) for name, experiment in experiments.items()}
     if stacked(first.cfg):
         groups = replicas.group_settings({name: e.cfg for name, e in experiments.items()}, methods)
     else:
         groups = [replicas.Group((name,), (), ()) for name in experiments]
-    folds = tuple(run.fold_numbers(first.cfg.fold, len(first.folds)))
     sweep = Sweep(experiments, methods, reference, tuple(seeds), folds, tuple(groups))
     for group in groups:
         for name in _distinct_data(group, experiments):
@@ -261,12 +263,14 @@ def _data_key(cfg: ConfigDict) -> str:
     return json.dumps([facts, genes], sort_keys=True, default=str)
 
 
-def _check_widths(cfg: ConfigDict) -> None:
-    if gene_choice.varies_by_fold(cfg):
-        raise ValueError(
-            f"genes.kind={gene_choice.GROUPS}: every fold has networks of its own width, but a sweep trains folds as "
-            "one program; train the settings one by one with `histokd train`"
-        )
+def _checked_method(name: str, experiment: Experiment, folds: Sequence[int]) -> Method:
+    """The method of a setting, with the networks of its first fold; those of all folds can be built."""
+    try:
+        if not gene_choice.varies_by_fold(experiment.cfg):
+            return run.make_method(experiment)
+        return run.make_methods(experiment, folds)[folds[0]]
+    except ValueError as error:
+        raise ValueError(f"setting {name}: {error}") from error
 
 
 def _distinct_data(group: replicas.Group, experiments: Mapping[str, Experiment]) -> list[str]:
@@ -286,6 +290,7 @@ class _Trainer:
         self.sweep, self.group, self.workdir = sweep, group, workdir
         self.command, self.stop, self.most, self.title = command, stop, most, title
         self.method: Method = sweep.methods[group.settings[0]]
+        self.widths = Widths(sweep.experiments[group.settings[0]], self.method)
         self._plans: dict[tuple[int, int, str], FoldData] = {}
 
     def run(self) -> dict[str, str]:
@@ -293,13 +298,16 @@ class _Trainer:
         names = [(name, seed) for name in self.group.settings for seed in self.sweep.seeds]
         folds = {key: self._folds(*key) for key in names}
         first = self.sweep.experiments[self.group.settings[0]]
-        programs = run.make_programs(first, self.method)
         if first.cfg.data.resident == "on":
             raise ValueError("data.resident=on: a sweep reads its patches from disk; set data.resident=off")
         # One stream per fold and seed reads ahead at the same time; the threads are shared among them.
-        feeder = StreamFeeder(programs.mesh, max(1, first.cfg.data.threads // max(1, len(self._plans))))
+        mesh = sharding.make_mesh(first.cfg.mesh.data, first.cfg.mesh.sequence)
+        feeder = StreamFeeder(mesh, max(1, first.cfg.data.threads // max(1, len(self._plans))))
         arms = {key: self._arm(*key, folds[key], feeder) for key in names}
-        jobs = {m: arms[m.setting, m.seed].job(m.fold, programs, feeder) for m in self.sweep.members(self.group)}
+        jobs = {
+            m: arms[m.setting, m.seed].job(m.fold, self.widths.programs(folds[m.setting, m.seed][m.fold]), feeder)
+            for m in self.sweep.members(self.group)
+        }
         failed = {m: why for m, job in jobs.items() if (why := failure(job))}
         todo = [m for m, job in jobs.items() if m not in failed and not run.is_finished(job)]
         for directory, part in self._parts(todo, jobs):
@@ -349,7 +357,12 @@ class _Trainer:
                 )
             parts.append((path.parent, members))
             left = [m for m in left if m not in members]
-        return parts + [(self._new_directory(root, k), part) for k, part in enumerate(self._split(left, jobs))]
+        # Trainings of networks of other widths cannot share a program.
+        equal: dict[int, list[Member]] = {}
+        for m in left:
+            equal.setdefault(id(jobs[m].programs), []).append(m)
+        new = [part for own in equal.values() for part in self._split(own, jobs)]
+        return parts + [(self._new_directory(root, k), part) for k, part in enumerate(new)]
 
     @staticmethod
     def _new_directory(root: pathlib.Path, offset: int) -> pathlib.Path:
@@ -357,12 +370,10 @@ class _Trainer:
         return root / f"{max(used, default=-1) + 1 + offset:04d}"
 
     def _split(self, members: Sequence[Member], jobs: Mapping[Member, Job]) -> list[list[Member]]:
-        if not members:
-            return []
         job = jobs[members[0]]
         streams = [id(jobs[m].data) for m in members]
         sources = {id(jobs[m].data): jobs[m].data.train for m in members}.values()
-        sizes = [replicas.memory_of(self.method, job.cfg, source) for source in sources]
+        sizes = [replicas.memory_of(job.programs.method, job.cfg, source) for source in sources]
         state, step = (max(values) for values in zip(*sizes))
         # Every device holds its share of the replicas.
         budget = replicas.memory_budget() * sharding.make_replica_mesh(job.cfg.mesh.replica).size

@@ -3,6 +3,7 @@
 import pytest
 
 from configs import ghanet
+from configs.ablations import ghanet as ablations
 from histokd_jax.methods import registry
 from histokd_jax.methods.ghanet import config as method_config
 from histokd_jax.utils import config
@@ -48,6 +49,34 @@ def test_words_and_settings_are_read():
         ghanet.get_config("faithful,corrected")
     with pytest.raises(ValueError, match="blca, brca"):
         ghanet.get_config("kirc")
+
+
+@pytest.mark.parametrize("words", ["", "all", "all,faithful", "all,ucec,faithful", "genes,patches,smoke"])
+def test_ablations_are_distinct_settings_that_the_method_accepts(words):
+    settings, reference = config.load_sweep(f"configs/ablations/ghanet.py:{words}")
+    assert reference == "full"
+    for name, cfg in settings.items():
+        registry.method_module("ghanet").validate(cfg)
+        assert (name == "full") == (config.flatten(cfg) == config.flatten(settings["full"]))
+
+
+def test_every_switch_of_section_9_is_ablated():
+    """But for groups of other genes and the number of tokens, which need another file of signatures."""
+    changed = {key for family in ablations.FAMILIES.values() for changes in family.values() for key in changes}
+    keys = (
+        "cab.enabled cab.passes cab.second_attention cab.fusion cab.detach_tokens hsb.map hsb.ratio hsb.detach_map "
+        "hsb.map_source hsb.map_pass hsb.hyper_layer hsb.self_attention hsb.ffn hsb.readout loss.rec_weight "
+        "loss.rec_terms loss.sce_power genes.selection genes.correction data.max_patches_train"
+    )
+    assert set(keys.split()) <= changed
+    assert {
+        c["loss.rec_weight"] for f in ablations.FAMILIES.values() for c in f.values() if "loss.rec_weight" in c
+    } == {
+        0.0,
+        0.1,
+        0.5,
+        1.0,
+    }
 
 
 @pytest.mark.parametrize(

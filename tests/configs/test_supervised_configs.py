@@ -5,6 +5,7 @@ import pytest
 from configs import supervised
 from histokd_jax.methods import registry
 from histokd_jax.methods.supervised.config import default_config
+from histokd_jax.train import optim
 from histokd_jax.utils import config
 
 WORDS = (*supervised.NETWORKS, *supervised.VARIANTS)
@@ -19,8 +20,13 @@ PUBLISHED = (
     "transmil",
     "mcat",
     "porpoise_mmf",
+    "survpath",
+    "abmil_survpath",
+    "snn_survpath",
 )
-ARGUMENTS += [*(f"{arg},published" for arg in PUBLISHED), "porpoise_mmf,published", "clam_mb,classification,published"]
+CLASSIFIERS = ("clam_mb", "dsmil", "transmil")
+ARGUMENTS += [f"{arg},published" for arg in PUBLISHED]
+ARGUMENTS += [f"{arg},classification,published" for arg in CLASSIFIERS]
 
 
 def load(arg=""):
@@ -29,7 +35,9 @@ def load(arg=""):
 
 @pytest.mark.parametrize("arg", ARGUMENTS)
 def test_the_method_accepts_every_preset(arg):
-    registry.method_module("supervised").validate(load(arg))
+    cfg = load(arg)
+    registry.method_module("supervised").validate(cfg)
+    optim.check(cfg.train)
 
 
 def test_defaults_equal_those_of_the_method():
@@ -76,6 +84,33 @@ def test_defaults_equal_those_of_the_method():
             "dsmil,classification,published",
             {"train.betas": (0.5, 0.9), "train.lr_floor": 5e-6, "train.lr": 1e-4, "train.optimizer": "adam_l2"},
         ),
+        (
+            "survpath,published",
+            {
+                "train.optimizer": "radam",
+                "train.lr_schedule": "warmup_cosine",
+                "train.b": 1,
+                "loss.alpha": 0.5,
+                "train.sampler": "class_balanced_replacement",
+                "data.max_patches_train": 4096,
+                "model.survpath.padding": "faithful",
+                "split.protocol": "published",
+                "early_stop.enabled": False,
+            },
+        ),
+        (
+            "transmil,classification,published",
+            {
+                "train.optimizer": "lookahead_radam",
+                "train.lr": 2e-4,
+                "train.wd": 1e-5,
+                "train.b": 2,
+                "train.max_epochs": 200,
+                "early_stop.patience": 10,
+                "seed": 2021,
+            },
+        ),
+        ("transmil,published", {"train.optimizer": "adam_l2", "train.b": 32, "seed": 1}),
         ("clam_sb,corrected", {"train.optimizer": "adamw", "split.protocol": "corrected"}),
     ],
 )
@@ -84,7 +119,7 @@ def test_words_choose_network_and_recipe(arg, expected):
     assert {key: flat[key] for key in expected} == expected
 
 
-REFUSED = ("published,corrected", "snn_corrected,published", "survpath,published", "transmil,classification,published")
+REFUSED = ("published,corrected", "snn_corrected,published", "survpath,classification,published")
 
 
 @pytest.mark.parametrize("arg", ["abmil,snn", "amil,clam_sb", "clam_sb,concat", "abmil,mean", "transformer", *REFUSED])

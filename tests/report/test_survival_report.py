@@ -34,7 +34,8 @@ def test_numbers_are_those_of_the_summary(report):
     summary = json.loads((run / "summary.json").read_text())
     for entry in summary["modes"].values():
         assert f"{entry['metrics']['c_index']['mean']:.3f}" in words
-        assert f"{entry['metrics']['ibs']['mean']:.3f}" in words
+        for row in entry["metrics"].values():
+            assert f"{row['mean']:.3f}" in words and "{:.3f}, {:.3f}".format(*row["ci"]) in words
         for value in entry["metrics"]["c_index"]["per_fold"]:
             assert f"{value:.3f}" in words
 
@@ -49,6 +50,13 @@ def test_every_figure_and_table_says_that_bags_are_simulated_and_the_part_was_se
 def test_control_is_named_by_what_it_changes(report):
     _, text = report
     assert "the same network with loss.rec_weight = 0.0" in text and "Bootstrap p" in text
+
+
+def test_every_metric_is_compared_with_the_control(report):
+    _, text = report
+    for label in ("C-index (Harrell)", "C-index (IPCW)", "Integrated AUC", "Integrated Brier score"):
+        assert f"{label}, Slides alone" in text and f"{label}, Slides and genes" in text
+    assert "100 resamples" in text and "a difference below 0 is a gain" in text
 
 
 def test_cox_run_without_control_has_no_calibration(tmp_path):

@@ -21,8 +21,8 @@ WIDE = {"model__d": 32, "model__attn": 32, "genes__token_size": 32}
 class Parts:
     """What does not change in training: data and compiled programs of the tiny method, made a little wider."""
 
-    def __init__(self, config_of, fsdp, devices):
-        cfg = config_of(mesh__data=devices, mesh__fsdp=fsdp, data__rows=8, **WIDE)
+    def __init__(self, config_of, fsdp, devices, **changes):
+        cfg = config_of(mesh__data=devices, mesh__fsdp=fsdp, data__rows=8, **WIDE, **changes)
         cfg = experiment.resolve_width(cfg)
         exp = experiment.load_experiment(cfg)
         method = registry.get_method("mkd")(cfg, exp.data_spec(("genes",)))
@@ -112,6 +112,24 @@ def test_a_checkpoint_is_restored_into_either_layout_and_another_mesh(both, part
             if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 leaf, want = jax.random.key_data(leaf), jax.random.key_data(want)
             np.testing.assert_array_equal(leaf, want)
+
+
+def test_slow_weights_and_moments_of_lookahead_are_divided_like_the_parameters(cohort_dir, start, tmp_path):
+    """Six steps reach the first move; a checkpoint of the divided state fits the whole one."""
+    config_of, changes = tiny.config_maker(cohort_dir), {"train__optimizer": "lookahead_radam"}
+    whole, divided = (Training(Parts(config_of, fsdp, 2, **changes), start) for fsdp in (False, True))
+    np.testing.assert_allclose(whole.steps(6), divided.steps(6), rtol=1e-4)
+    assert_close(whole.state.params, divided.state.params, atol=1e-3)
+    state = divided.state.opt_state
+    placed = [leaf.sharding for leaf in jax.tree.leaves(divided.state.params)]
+    assert any(not sharding.is_fully_replicated for sharding in placed)
+    for tree in (state.slow, state.fast[0].mu, state.fast[0].nu):
+        assert [leaf.sharding for leaf in jax.tree.leaves(tree)] == placed
+    jax.tree.map(np.testing.assert_array_equal, state.slow, divided.state.params)
+    with RunCheckpoints(tmp_path, {"config": "x"}) as saved:
+        saved.save(1, divided.state, {"step": 1})
+        restored = saved.restore(whole.state)
+    jax.tree.map(np.testing.assert_array_equal, restored.opt_state, state)
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from histokd_jax.train import optim
+from histokd_jax.train import optim, schedules
 from histokd_jax.train.stopping import Stopper
 
 
 def test_T1_rates_at_stated_epochs():
-    found = [optim.learning_rate("cosine_to_max_epochs", 1e-3, epoch=e, max_epochs=30) for e in (0, 1, 10, 15, 20, 29)]
+    found = [
+        schedules.learning_rate("cosine_to_max_epochs", 1e-3, epoch=e, max_epochs=30) for e in (0, 1, 10, 15, 20, 29)
+    ]
     np.testing.assert_allclose(found, [1e-3, 9.97261e-4, 7.5e-4, 5e-4, 2.5e-4, 2.739e-6], rtol=2e-4)
 
 

@@ -7,18 +7,21 @@ import optax
 import pytest
 
 from configs import common
-from histokd_jax.train import optim
+from histokd_jax.train import optim, schedules
 from histokd_jax.train.stopping import Stopper
 
 
 @pytest.mark.parametrize("name", ["cosine50_periodic", "cosine50_floor0"])
 def test_check_J_learning_rate_at_stated_epochs(name):
-    got = [optim.learning_rate(name, 2e-4, epoch=e, max_epochs=100) for e in (0, 1, 10, 25, 49, 50)]
+    got = [schedules.learning_rate(name, 2e-4, epoch=e, max_epochs=100) for e in (0, 1, 10, 25, 49, 50)]
     np.testing.assert_allclose(got, [2e-4, 1.998027e-4, 1.809017e-4, 1e-4, 1.973e-7, 0], rtol=5e-4, atol=1e-12)
 
 
+NAMES = ("cosine50_periodic", "cosine50_floor0", "cosine_to_max_epochs")
+
+
 def test_check_J_learning_rate_at_epoch_75():
-    rate = {n: optim.learning_rate(n, 2e-4, epoch=75, max_epochs=100) for n in optim.SCHEDULES}
+    rate = {n: schedules.learning_rate(n, 2e-4, epoch=75, max_epochs=100) for n in NAMES}
     assert rate["cosine50_periodic"] == pytest.approx(1e-4)
     assert rate["cosine50_floor0"] == pytest.approx(0, abs=1e-12)
     assert rate["cosine_to_max_epochs"] == pytest.approx(1e-4 * (1 + np.cos(0.75 * np.pi)))
@@ -26,7 +29,7 @@ def test_check_J_learning_rate_at_epoch_75():
 
 def test_unknown_schedule_is_named():
     with pytest.raises(ValueError, match="cosine50_floor0"):
-        optim.learning_rate("step", 1e-3, epoch=0, max_epochs=1)
+        schedules.learning_rate("step", 1e-3, epoch=0, max_epochs=1)
 
 
 def test_check_J_stops_after_epoch_index_6_if_only_epoch_0_improves():
@@ -86,9 +89,9 @@ def test_C15_adam_steps_equal_the_definition(name, betas):
 
 
 def test_constant_rate_and_cosine_to_a_floor():
-    assert {optim.learning_rate("constant", 3e-4, epoch=e, max_epochs=20) for e in range(20)} == {3e-4}
+    assert {schedules.learning_rate("constant", 3e-4, epoch=e, max_epochs=20) for e in range(20)} == {3e-4}
     options = {"max_epochs": 50, "floor": 5e-6}
-    got = [optim.learning_rate("cosine_to_floor", 1e-4, epoch=e, **options) for e in (0, 25, 50, 60)]
+    got = [schedules.learning_rate("cosine_to_floor", 1e-4, epoch=e, **options) for e in (0, 25, 50, 60)]
     np.testing.assert_allclose(got, [1e-4, 5.25e-5, 5e-6, 5e-6], rtol=1e-12)
 
 

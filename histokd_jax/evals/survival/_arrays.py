@@ -39,6 +39,11 @@ def checked(time: np.ndarray, event: np.ndarray, **others: np.ndarray) -> tuple[
     return (time, event.astype(bool), *list(arrays.values())[1:])
 
 
+def drawn_any(weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """[B] bool: does a resample with multiplicities [B, n] hold any of the `rows` ([n] bool)?"""
+    return (np.asarray(weights)[:, rows] > 0).any(axis=1)
+
+
 def row_blocks(n_rows: int, n_columns: int, entries: int = 1 << 21) -> list[slice]:
     """Consecutive row ranges of at most about `entries` matrix entries each."""
     step = max(1, entries // max(n_columns, 1))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from histokd_jax.evals.survival._arrays import checked
+from histokd_jax.evals.survival._arrays import checked, drawn_any
 from histokd_jax.evals.survival.censoring import CensoringDistribution
 
 INTERPOLATIONS = ("linear", "step")
@@ -89,16 +89,39 @@ def brier_score(
     Raises:
       ValueError: bad arrays.
     """
-    time, event, survival = checked(time, event, survival=survival)
-    times = checked_times(times)
-    if survival.shape != (len(time), len(times)):
-        raise ValueError(f"survival has shape {survival.shape}; expected [{len(time)} patients, {len(times)} times]")
-    dead = event[:, None] & (time[:, None] <= times[None, :])
-    alive = time[:, None] > times[None, :]
-    weight = np.where(dead, _inverse(censoring.at(time))[:, None], 0.0)
-    weight = np.where(alive, _inverse(censoring.at(times))[None, :], weight)
-    score = (weight * (alive - survival) ** 2).mean(axis=0) if len(time) else np.full(len(times), np.nan)
-    return Brier(times, score, _time_average(times, score), _reason(times, score, censoring))
+    errors, times = _weighted_errors(survival, time, event, times, censoring)
+    score = errors.mean(axis=0) if len(errors) else np.full(len(times), np.nan)
+    return Brier(times, score, float(_time_average(times, score)), _reason(times, score, censoring))
+
+
+def integrated_brier_resampled(
+    survival: np.ndarray,
+    time: np.ndarray,
+    event: np.ndarray,
+    weights: np.ndarray,
+    times: np.ndarray,
+    censoring: CensoringDistribution,
+) -> np.ndarray:
+    """Integrated Brier score in every bootstrap resample; evaluation times and censoring are not resampled.
+
+    Args:
+      survival: [n, T] predicted survival at `times`.
+      time: [n] float.
+      event: [n] bool.
+      weights: [B, n] float, how often each patient is drawn.
+      times: [T] float, increasing.
+      censoring: as in `brier_score`.
+
+    Returns:
+      [B] float64; NaN where an error of a drawn patient has no weight, nobody is drawn, or T < 2.
+    """
+    errors, times = _weighted_errors(survival, time, event, times, censoring)
+    weights, unknown = np.asarray(weights, np.float64), np.isnan(errors).any(axis=1)
+    total = weights.sum(axis=1, keepdims=True)
+    score = np.divide(
+        weights @ np.nan_to_num(errors), total, out=np.full((len(weights), len(times)), np.nan), where=total > 0
+    )
+    return np.where(drawn_any(weights, unknown), np.nan, _time_average(times, score))
 
 
 def checked_times(times: np.ndarray) -> np.ndarray:
@@ -109,14 +132,26 @@ def checked_times(times: np.ndarray) -> np.ndarray:
     return times
 
 
-def _inverse(probability: np.ndarray) -> np.ndarray:
-    return np.divide(1.0, probability, out=np.full(probability.shape, np.nan), where=probability > 0)
+def _weighted_errors(
+    survival: np.ndarray, time: np.ndarray, event: np.ndarray, times: np.ndarray, censoring: CensoringDistribution
+) -> tuple[np.ndarray, np.ndarray]:
+    """[n, T] squared errors with their weights, whose mean over patients is the score; the checked times."""
+    time, event, survival = checked(time, event, survival=survival)
+    times = checked_times(times)
+    if survival.shape != (len(time), len(times)):
+        raise ValueError(f"survival has shape {survival.shape}; expected [{len(time)} patients, {len(times)} times]")
+    dead = event[:, None] & (time[:, None] <= times[None, :])
+    alive = time[:, None] > times[None, :]
+    weight = np.where(dead, censoring.weights(time)[:, None], 0.0)
+    weight = np.where(alive, censoring.weights(times)[None, :], weight)
+    return weight * (alive - survival) ** 2, times
 
 
-def _time_average(times: np.ndarray, score: np.ndarray) -> float:
+def _time_average(times: np.ndarray, score: np.ndarray) -> np.ndarray:
+    """[...] mean over the last axis by trapezoids."""
     if len(times) < 2:
-        return np.nan
-    return float(np.trapezoid(score, times) / (times[-1] - times[0]))
+        return np.full(score.shape[:-1], np.nan)
+    return np.trapezoid(score, times, axis=-1) / (times[-1] - times[0])
 
 
 def _reason(times: np.ndarray, score: np.ndarray, censoring: CensoringDistribution) -> str:

@@ -43,6 +43,11 @@ class CensoringDistribution:
             value = np.where(time > self.time[-1], np.nan, value)
         return value
 
+    def weights(self, time: np.ndarray) -> np.ndarray:
+        """[...] 1 / G(t); NaN where G is 0 or unknown."""
+        probability = self.at(time)
+        return np.divide(1.0, probability, out=np.full(probability.shape, np.nan), where=probability > 0)
+
 
 def censoring_distribution(time: np.ndarray, event: np.ndarray) -> CensoringDistribution:
     """Estimates G from training patients; at equal times deaths leave the risk set before censorings.

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from histokd_jax.evals.survival._arrays import checked, row_blocks
+from histokd_jax.evals.survival._arrays import checked, drawn_any, row_blocks
 from histokd_jax.evals.survival.censoring import CensoringDistribution
 
 TIED_TOLERANCE = 1e-8
@@ -125,15 +125,38 @@ def harrell_c_resampled(
       [B] float64; NaN where a resample has no comparable pair.
     """
     time, event, risk = checked(time, event, risk=risk)
-    weights = np.asarray(weights, np.float64)
-    deaths = np.flatnonzero(event)
-    score, total = np.zeros(len(weights)), np.zeros(len(weights))
-    for block in row_blocks(len(deaths), len(time)):
-        rows = deaths[block]
-        concordant, tied, comparable = _pairs(rows, risk, time, event, tied_tolerance)
-        score += np.einsum("bi,bi->b", weights[:, rows], weights @ (concordant + 0.5 * tied).T)
-        total += np.einsum("bi,bi->b", weights[:, rows], weights @ comparable.T.astype(np.float64))
-    return np.divide(score, total, out=np.full(len(weights), np.nan), where=total > 0)
+    return _resampled(risk, time, event, event.astype(np.float64), weights, tied_tolerance)
+
+
+def uno_c_resampled(
+    risk: np.ndarray,
+    time: np.ndarray,
+    event: np.ndarray,
+    weights: np.ndarray,
+    censoring: CensoringDistribution,
+    *,
+    tau: float | None = None,
+    tied_tolerance: float = TIED_TOLERANCE,
+) -> np.ndarray:
+    """Uno's C-index in every bootstrap resample; the distribution of censoring is not resampled.
+
+    Args:
+      risk: [n] float.
+      time: [n] float.
+      event: [n] bool.
+      weights: [B, n] float, how often each patient is drawn.
+      censoring: as in `uno_c`.
+      tau: as in `uno_c`.
+      tied_tolerance: as in `harrell_c`.
+
+    Returns:
+      [B] float64; NaN where a resample has no comparable pair, or a death that counts has no weight.
+    """
+    time, event, risk = checked(time, event, risk=risk)
+    counted = event if tau is None else event & (time < tau)
+    inverse = censoring.weights(time) ** 2
+    found = _resampled(risk, time, event, np.where(counted, np.nan_to_num(inverse), 0.0), weights, tied_tolerance)
+    return np.where(drawn_any(weights, counted & np.isnan(inverse)), np.nan, found)
 
 
 def count_missing_as_zero(
@@ -155,6 +178,21 @@ def count_missing_as_zero(
     """
     missing = np.asarray(missing, bool)
     return np.where(missing, 0.0, risk), np.where(missing, 0.0, time), np.asarray(event, bool) | missing
+
+
+def _resampled(
+    risk: np.ndarray, time: np.ndarray, event: np.ndarray, of_death: np.ndarray, weights: np.ndarray, tolerance: float
+) -> np.ndarray:
+    """[B] C-index of resamples, the pairs of patient i weighing `of_death[i]`; 0 where i is no death that counts."""
+    weights, deaths = np.asarray(weights, np.float64), np.flatnonzero(of_death)
+    score, total = np.zeros(len(weights)), np.zeros(len(weights))
+    for block in row_blocks(len(deaths), len(time)):
+        rows = deaths[block]
+        own = weights[:, rows] * of_death[rows]
+        concordant, tied, comparable = _pairs(rows, risk, time, event, tolerance)
+        score += np.einsum("bi,bi->b", own, weights @ (concordant + 0.5 * tied).T)
+        total += np.einsum("bi,bi->b", own, weights @ comparable.T.astype(np.float64))
+    return np.divide(score, total, out=np.full(len(weights), np.nan), where=total > 0)
 
 
 def _pairs(

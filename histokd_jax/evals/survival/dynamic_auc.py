@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from histokd_jax.evals.survival._arrays import checked, row_blocks
+from histokd_jax.evals.survival._arrays import checked, drawn_any, row_blocks
 from histokd_jax.evals.survival.brier import checked_times
 from histokd_jax.evals.survival.censoring import CensoringDistribution, censoring_distribution
 from histokd_jax.evals.survival.concordance import TIED_TOLERANCE
@@ -62,8 +62,7 @@ def dynamic_auc(
     """
     time, event, risk = checked(time, event, risk=risk)
     times = checked_times(times)
-    probability = censoring.at(time)
-    weight = np.divide(1.0, probability, out=np.full(len(time), np.nan), where=probability > 0)
+    weight = censoring.weights(time)
     auc, reasons = np.full(len(times), np.nan), []
     for k, t in enumerate(times):
         case, control = np.flatnonzero(event & (time <= t)), np.flatnonzero(time > t)
@@ -108,21 +107,100 @@ def integrated_auc(
     Raises:
       ValueError: bad arrays, or no patients.
     """
+    times, months, censoring = _published_setting(time, train_time, train_event, n_times, percentiles, truncate_months)
+    return dynamic_auc(risk, months, event, times, censoring)
+
+
+def integrated_auc_resampled(
+    risk: np.ndarray,
+    time: np.ndarray,
+    event: np.ndarray,
+    weights: np.ndarray,
+    train_time: np.ndarray,
+    train_event: np.ndarray,
+    *,
+    n_times: int = 15,
+    percentiles: tuple[float, float] = (20.0, 81.0),
+    truncate_months: bool = True,
+    tied_tolerance: float = TIED_TOLERANCE,
+) -> np.ndarray:
+    """`integrated_auc(...).mean` in every bootstrap resample; evaluation times and censoring are not resampled.
+
+    Args:
+      risk: as `integrated_auc`, like the rest.
+      time: [n] float.
+      event: [n] bool.
+      weights: [B, n] float, how often each patient is drawn.
+      train_time: [m] float.
+      train_event: [m] bool.
+      n_times: number of evaluation times.
+      percentiles: of `time`, all patients, whoever is drawn.
+      truncate_months: cut follow-up to whole months.
+      tied_tolerance: risks this close are tied.
+
+    Returns:
+      [B] float64; NaN where at some time nobody drawn has died, nobody drawn is left, or a death has no weight.
+    """
+    setting = _published_setting(time, train_time, train_event, n_times, percentiles, truncate_months)
+    times, months, censoring = setting
+    months, event, risk = checked(months, event, risk=risk)
+    weights, inverse = np.asarray(weights, np.float64), censoring.weights(months)
+    found = [_auc_resampled(risk, months, event, weights, inverse, t, tied_tolerance) for t in times]
+    return np.mean(found, axis=0)
+
+
+def _published_setting(
+    time: np.ndarray,
+    train_time: np.ndarray,
+    train_event: np.ndarray,
+    n_times: int,
+    percentiles: tuple[float, float],
+    truncate_months: bool,
+) -> tuple[np.ndarray, np.ndarray, CensoringDistribution]:
+    """Evaluation times, follow-up as it counts, and the distribution of censoring, by the rule of `integrated_auc`."""
     if not len(time):
         raise ValueError("integrated_auc needs validation patients; got none")
     times = np.unique(np.percentile(time, np.linspace(*percentiles, n_times)))
     if truncate_months:
         time, train_time = np.floor(time), np.floor(train_time)
-    return dynamic_auc(risk, time, event, times, censoring_distribution(train_time, train_event))
+    return times, time, censoring_distribution(train_time, train_event)
+
+
+def _auc_resampled(
+    risk: np.ndarray,
+    time: np.ndarray,
+    event: np.ndarray,
+    weights: np.ndarray,
+    inverse: np.ndarray,
+    t: float,
+    tolerance: float,
+) -> np.ndarray:
+    """[B] AUC at one time."""
+    case, control = np.flatnonzero(event & (time <= t)), np.flatnonzero(time > t)
+    own, others = weights[:, case] * np.nan_to_num(inverse[case]), weights[:, control]
+    score = np.zeros(len(weights))
+    for block in row_blocks(len(case), len(control)):
+        wins = _wins(risk[case[block]], risk[control], tolerance)
+        score += np.einsum("bi,bi->b", own[:, block], others @ wins.T)
+    total = own.sum(axis=1) * others.sum(axis=1)
+    found = np.divide(score, total, out=np.full(len(weights), np.nan), where=total > 0)
+    unknown = np.zeros(len(time), bool)
+    unknown[case] = np.isnan(inverse[case])
+    return np.where(drawn_any(weights, unknown), np.nan, found)
 
 
 def _weighted_auc(case: np.ndarray, weight: np.ndarray, control: np.ndarray, tolerance: float) -> float:
     score = np.zeros(len(case))
     for block in row_blocks(len(case), len(control)):
-        difference = case[block, None] - control[None, :]
-        tied = np.abs(difference) <= tolerance
-        score[block] = (~tied & (difference > 0)).sum(axis=1) + 0.5 * tied.sum(axis=1)
+        score[block] = _wins(case[block], control, tolerance).sum(axis=1)
     return float(weight @ score / (weight.sum() * len(control)))
+
+
+def _wins(case: np.ndarray, control: np.ndarray, tolerance: float) -> np.ndarray:
+    """[cases, controls] 1 where the case has the higher risk, 1/2 where they are tied."""
+    difference = case[:, None] - control[None, :]
+    tied = np.abs(difference) <= tolerance
+    return np.where(tied, 0.5, difference > 0)
 
 
 def _undefined(

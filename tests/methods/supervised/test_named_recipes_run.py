@@ -8,6 +8,7 @@ import survival_tiny
 from survival_tiny import survival_dir
 
 from data_pipelines.tables import read_gene_table
+from histokd_jax.evals.predictions import read_predictions
 from histokd_jax.evals.survival_predictions import read_survival_predictions
 from histokd_jax.train import run
 from histokd_jax.utils import config
@@ -25,7 +26,22 @@ RUNS = {
         "model.transmil.tile": 32,
     },
     "mcat": {"model.mcat.width": 8},
+    "survpath,published": {
+        "model.survpath.width": 8,
+        "model.survpath.attn": 4,
+        "model.survpath.hidden": 4,
+        "model.survpath.bag_size": 40,
+        "data.max_patches_train": 40,
+    },
+    "transmil,classification,published": {
+        "model.transmil.width": 8,
+        "model.transmil.heads": 2,
+        "model.transmil.landmarks": 4,
+        "model.transmil.tile": 32,
+    },
 }
+GROUPED = ("mcat", "survpath,published")
+QUICK = ("abmil,published", "clam_sb")
 
 
 def signatures(survival_dir, path):
@@ -36,14 +52,16 @@ def signatures(survival_dir, path):
     return path
 
 
-@pytest.mark.parametrize(
-    "arg", [pytest.param(arg, marks=pytest.mark.slow) if arg in ("transmil", "mcat") else arg for arg in RUNS]
-)
+@pytest.mark.parametrize("arg", [arg if arg in QUICK else pytest.param(arg, marks=pytest.mark.slow) for arg in RUNS])
 def test_a_named_configuration_trains(arg, survival_dir, tmp_path):
     settings = {**SHARED, **RUNS[arg], "data.dir": survival_dir, "train.b": 12, "split.val_fraction": 0.0}
-    if arg == "mcat":
+    if arg in GROUPED:
         settings |= {"genes.signatures": signatures(survival_dir, tmp_path / "s.csv"), "genes.suffixes": "('',)"}
+    if arg == "survpath,published":
+        del settings["train.b"]
     cfg = config.load(f"configs/supervised.py:{arg}", [f"{key}={value}" for key, value in settings.items()])
     run.train(cfg, tmp_path / "run")
-    table = read_survival_predictions(tmp_path / "run" / "predictions_test.csv")
-    assert len(table) == 24 and np.isfinite(table.risk).all() and np.std(table.risk) > 0
+    path = tmp_path / "run" / "predictions_test.csv"
+    classes = cfg.task_kind == "classification"
+    found = read_predictions(path).probs[:, 1] if classes else read_survival_predictions(path).risk
+    assert len(found) == 24 and np.isfinite(found).all() and np.std(found) > 0
