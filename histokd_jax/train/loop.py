@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data_pipelines.cohort import Cohort
 from histokd_jax.tasks import Table
-from histokd_jax.train import distributed, evaluate, held, optim
+from histokd_jax.train import distributed, encoder_folders, evaluate, findings, held, optim
 from histokd_jax.train.checkpoint import RunCheckpoints
 from histokd_jax.train.experiment import FoldData
 from histokd_jax.train.feed import Feeder
@@ -83,6 +83,7 @@ class Job:
       title: shown on the progress bar.
       frozen: networks that are not trained, see `Method.forward`; neither differentiated nor in any checkpoint.
       held: those of them that an earlier stage of this run has trained; they are evaluated as well.
+      starts: networks that do not start at random.
     """
 
     cfg: ConfigDict
@@ -96,6 +97,7 @@ class Job:
     title: str = ""
     frozen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     held: Held = dataclasses.field(default_factory=Held)
+    starts: encoder_folders.Starts = dataclasses.field(default_factory=encoder_folders.Starts)
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -130,6 +132,7 @@ def fit(job: Job, stop: StopRequest) -> Fit:
     """
     method = job.programs.method
     params, extra, rng = init_params(method, job.cfg.seed)
+    params, extra = encoder_folders.placed(job.starts, params, extra)
     example = job.feeder.shapes(job.data.train)
     with RunCheckpoints(job.directory / "checkpoints", job.identity, job.cfg.ckpt.keep) as checkpoints:
         saved = checkpoints.progress()
@@ -216,7 +219,7 @@ class _StageRunner:
 
     def _epoch_steps(self, state, progress, batches, bar):
         cfg, programs = self.job.cfg, self.job.programs
-        lr = optim.epoch_rate(cfg.train, progress.epoch)
+        lr = optim.step_rate(cfg.train, progress.step, self.plan.steps_per_epoch)
         first, began, waited, patches, sent, loss = progress.step, time.perf_counter(), 0.0, 0, 0, None
         # Nothing may reach or leave a device unasked: such a transfer would make every step wait for the host.
         with jax.transfer_guard("disallow"):
@@ -226,6 +229,7 @@ class _StageRunner:
                 waited += time.perf_counter() - asked
                 # At most one step in flight: dispatch would otherwise run ahead and hold every batch in memory.
                 jax.block_until_ready(loss)
+                lr = optim.step_rate(cfg.train, progress.step, self.plan.steps_per_epoch)
                 state, loss = programs.train(self.stage, state, fed.batch, lr, self.job.frozen)
                 patches, sent = patches + fed.patches, sent + fed.host_bytes
                 progress = dataclasses.replace(progress, step=progress.step + 1)
@@ -258,6 +262,7 @@ class _StageRunner:
         step, epoch = global_step(self.job, progress), progress.epoch
         facts = {"epoch": epoch, "stage": self.stage.name}
         means = self._epoch_means(state, epoch)
+        findings.tell(self.job.directory, self.job.data.task.watch(means), f"epoch {epoch}")
         self.writer.write(step, {**facts, "split": "train"}, {**means, **timing})
         shown, stopper, improved = {"loss": f"{means['loss']:.3f}"}, progress.stopper, False
         if "val" in self.job.data.evaluation:

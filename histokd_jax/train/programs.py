@@ -36,15 +36,7 @@ class Programs:
 
     def optimizer(self, stage: Stage, groups: Mapping[str, Any]):
         """The optimizer of a stage."""
-        train = self._cfg.train
-        return optim.make_optimizer(
-            weight_decay=train.wd,
-            decay_bias=train.decay_bias,
-            trainable=stage.trainable,
-            groups=tuple(groups),
-            name=train.optimizer,
-            betas=train.betas,
-        )
+        return optim.from_config(self._cfg.train, stage.trainable, tuple(groups))
 
     def start(
         self,
@@ -58,8 +50,14 @@ class Programs:
         """State at step 0 of a stage, on every device of the mesh."""
         with jax.set_mesh(self.mesh):
             names = step.metric_names(self.method, stage.name, params, extra, batch, frozen)
+        if self._guards():
+            names = sorted([*names, step.NONFINITE_STEPS])
         first = state.start_stage(params, extra, rng, self.optimizer(stage, params), names)
         return sharding.put_tree(first, self._shardings(first))
+
+    def _guards(self) -> bool:
+        """Whether steps that are not finite are counted instead of ending the run."""
+        return optim.nonfinite(self._cfg.train) != optim.RAISE
 
     def _shardings(self, tree: Any) -> Any:
         return sharding.state_shardings(self.mesh, tree, self._cfg.mesh.fsdp)
@@ -88,7 +86,7 @@ class Programs:
         return self._compiled[key](train_state, batch, rate, None, frozen)
 
     def _rate(self, lr: float) -> jax.Array:
-        # It changes once per epoch; a NumPy scalar, because a Python number would be sent implicitly.
+        # It rarely changes; a NumPy scalar, because a Python number would be sent implicitly.
         if self._last_rate is None or self._last_rate[0] != lr:
             self._last_rate = lr, sharding.put_tree(np.float32(lr), sharding.replicated(self.mesh))
         return self._last_rate[1]
@@ -103,8 +101,9 @@ class Programs:
                 "scatter": lambda grads: jax.lax.with_sharding_constraint(grads, divided.params),
             }
         body = step.make_train_step(
-            self.method, self.optimizer(stage, train_state.params), stage.name, self._cfg.train.batching, **moves
-        )
+            self.method, self.optimizer(stage, train_state.params), stage.name, self._cfg.train.batching,
+            nonfinite=optim.nonfinite(self._cfg.train), **moves,
+        )  # fmt: skip
 
         def counted(*args):
             self.traces += 1
