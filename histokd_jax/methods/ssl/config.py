@@ -215,8 +215,8 @@ def _validate_loss(config: ml_collections.ConfigDict, layout: Layout) -> None:
     widths = tuple(config.projector.widths)
     if widths and sum(split) != widths[-1]:
         raise ValueError(
-            f"loss.split_dims = {split} sum to {sum(split)}, but the embedding (projector.widths) is {widths[-1]} wide: "
-            "it cannot be divided so"
+            f"loss.split_dims = {split} sum to {sum(split)}, the embedding is {widths[-1]} wide (projector.widths): it "
+            "cannot be divided so"
         )
 
 
