@@ -52,7 +52,7 @@ Metrics = Mapping[str, tuple[jax.Array, jax.Array]]
 """name -> (sum, count). Means are taken once, on the host, after summing over steps."""
 
 
-CLASSIFICATION, SURVIVAL = "classification", "survival"
+CLASSIFICATION, SURVIVAL, REPRESENTATION = "classification", "survival", "representation"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class DataSpec:
       feat_dim: patch-embedding width D.
       num_classes: outputs C: classes, or time bins of a survival task.
       num_genes: width K of the batch field `genes`.
-      task: "classification" or "survival".
+      task: "classification", "survival", or "representation": no labels.
       gene_groups: sizes of consecutive blocks of `genes`, one per functional group; empty: no groups.
       image_size: (height, width) of the images of a step of pairs; None: the data are bags.
       vector_size: width P of the field `partner` if it is a vector; 0: it is an image, or absent.
@@ -76,6 +76,31 @@ class DataSpec:
     gene_groups: tuple[int, ...] = ()
     image_size: tuple[int, int] | None = None
     vector_size: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageEncoder:
+    """An image encoder among the networks of a method, as others may use it.
+
+    Attributes:
+      name: how it is called in manifests.
+      spec: architecture, see `histokd_jax.nn.encoders.specs`.
+      size: edge of its images in pixels.
+      mean: per channel, subtracted from pixels divided by `scale`.
+      std: per channel, divides them then.
+      scale: divisor of pixels 0..255.
+      start: encoder folder with its initial weights; empty: random.
+      export: folder, within that of a fold, to which it is written after training; empty: it is not.
+    """
+
+    name: str
+    spec: Any
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    scale: float
+    start: str = ""
+    export: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +152,8 @@ class Method:
         term is then computed, whatever its weight. Only methods with `traced` keys need to accept it.
       predict: (params, frozen, extra, batch, mode, key=None) -> {"prob": [S, C], "logits": [S, C],
         "embedding": [S, H]}; a key turns on dropout in the teachers. A survival task has "risk" [S] and "hazards"
-        [S, C] (C = 0 for a Cox head) in place of "prob".
+        [S, C] (C = 0 for a Cox head) in place of "prob"; a representation task has "loss" [S], whose mean over the
+        real samples of a step is the loss of the step, and "together" [S], how many they are.
       modes: the ways to deploy it.
       stages: phases of training, in order.
       requires: batch fields needed in training.

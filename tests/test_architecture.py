@@ -28,7 +28,7 @@ LAYERS = {
     "histokd_jax.report": {"histokd_jax.report", "histokd_jax.evals", "data_pipelines"},
     "histokd_jax.train": {
         *("histokd_jax.train", "histokd_jax.methods.registry", "histokd_jax.evals", "histokd_jax.utils"),
-        *("histokd_jax.types", "histokd_jax.ops", "histokd_jax.tasks", "data_pipelines"),
+        *("histokd_jax.types", "histokd_jax.ops", "histokd_jax.tasks", "histokd_jax.encoders", "data_pipelines"),
     },
     "histokd_jax.inference": {
         *("histokd_jax.train", "histokd_jax.tasks", "histokd_jax.evals", "histokd_jax.utils", "data_pipelines"),

@@ -61,26 +61,35 @@ def labelled_rows(cohort: Cohort) -> np.ndarray:
     return rows
 
 
-def official_split(manifest: PairManifest, cohort: Cohort, *, allow_patient_overlap: bool = False, **options) -> Split:
+def official_split(
+    manifest: PairManifest,
+    cohort: Cohort,
+    *,
+    allow_patient_overlap: bool = False,
+    need_labels: bool = True,
+    **options,
+) -> Split:
     """The official parts as one split of the labelled examples; unlabelled ones of the training part train as well.
 
     Args:
       manifest: of the dataset.
       cohort: all its examples.
       allow_patient_overlap: accept a group in two parts, marked.
+      need_labels: False takes every example for its part, labelled or not.
       **options: val_fraction, stratify, seed and protocol of `splits.split_with_parts`.
 
     Raises:
       DataError: no training or test part, or a group in two parts; names it and the ways out.
     """
-    kept = labelled_rows(cohort)
+    kept = labelled_rows(cohort) if need_labels else np.arange(len(cohort), dtype=np.int32)
     part_of = np.array([manifest.examples[row].split for row in cohort.slide_index])
     rows = {part: np.flatnonzero(part_of[kept] == part).astype(np.int32) for part in PARTS}
     if not len(rows["train"]) or not len(rows["test"]):
         found = ", ".join(f"{part} ({n})" for part, n in sorted(collections.Counter(part_of[kept].tolist()).items()))
         raise DataError(
-            f"data set {manifest.name} has the official parts {found}: training needs train and test with labels; draw "
-            "folds instead with data.official_split=False"
+            f"data set {manifest.name} has the official parts {found}: training needs train and test"
+            + (" with labels" if need_labels else "")
+            + "; draw folds instead with data.official_split=False"
         )
     given = rows if len(rows["val"]) else {part: rows[part] for part in ("train", "test")}
     try:

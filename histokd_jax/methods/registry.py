@@ -17,12 +17,14 @@ METHODS = {
     "image_classifier": "histokd_jax.methods.image_classifier.method",
     "hmkd": "histokd_jax.methods.hmkd.method",
     "momkd": "histokd_jax.methods.momkd.method",
+    "ssl": "histokd_jax.methods.ssl.method",
 }
 """Name -> module with `make_method(config, data) -> Method`, `default_config()` and `validate(config)`; optional are
 `TASKS`, the kinds of task it knows (all, if absent), `CONTROL`, the settings (key -> value) of its control arm, and
 `FROZEN`, parameter groups that may be read from a finished run (group -> configuration key of its folder), with
 `UNFROZEN`, settings under which the run would train them itself, and `precompute(config, data, frozen, batches,
-examples)`, which may replace them by their outputs."""
+examples)`, which may replace them by their outputs; and `image_encoders(config, data)`, the image encoders among its
+networks (group -> `histokd_jax.types.ImageEncoder`), which may start from encoder folders and are written to them."""
 
 
 def method_module(name: str) -> ModuleType:

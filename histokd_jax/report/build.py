@@ -10,11 +10,12 @@ from typing import Any
 
 from histokd_jax.evals.predictions import atomic_writer
 from histokd_jax.evals.summary import compare
-from histokd_jax.report import classes, plots, results, survival_results
+from histokd_jax.report import classes, plots, representation_results, results, survival_results
 from histokd_jax.report.html import Body, Cell, Html, Part, element, join, page, section, table
 from histokd_jax.report.run_dir import (
     CLASSIFICATION,
     OVERLAP,
+    REPRESENTATION,
     SIMULATED,
     SIMULATED_IMAGES,
     SURVIVAL,
@@ -116,7 +117,11 @@ def _classification(run: Run) -> Body:
     return Body(results.tiles(run, comparison), parts, facts)
 
 
-BODIES: Mapping[str, Callable[[Run], Body]] = {CLASSIFICATION: _classification, SURVIVAL: survival_results.body}
+BODIES: Mapping[str, Callable[[Run], Body]] = {
+    CLASSIFICATION: _classification,
+    SURVIVAL: survival_results.body,
+    REPRESENTATION: representation_results.body,
+}
 
 
 def _comparison(run: Run) -> dict[str, Any] | None:

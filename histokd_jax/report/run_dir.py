@@ -22,14 +22,19 @@ from typing import Any
 
 from data_pipelines.follow_up import read_survival
 from histokd_jax.evals.predictions import Predictions, read_predictions
+from histokd_jax.evals.representation_predictions import RepresentationRows, read_rows
 from histokd_jax.evals.summary import SIMULATED as SIMULATED_DATA
 from histokd_jax.evals.survival_measures import Reference
 from histokd_jax.evals.survival_predictions import SurvivalPredictions, read_survival_predictions
 
 SIMULATED, SIMULATED_IMAGES = SIMULATED_DATA["bags"], SIMULATED_DATA["pairs"]
 OVERLAP = "within one patient, across sections"
-CLASSIFICATION, SURVIVAL = "classification", "survival"
-READERS = {CLASSIFICATION: read_predictions, SURVIVAL: read_survival_predictions}
+CLASSIFICATION, SURVIVAL, REPRESENTATION = "classification", "survival", "representation"
+READERS = {
+    CLASSIFICATION: read_predictions,
+    SURVIVAL: read_survival_predictions,
+    REPRESENTATION: read_rows,
+}
 """`task_kind` of run_manifest.json (absent: classification) -> reader of its prediction tables."""
 
 
@@ -56,8 +61,8 @@ class Run:
     config: Mapping[str, Any]
     manifest: Mapping[str, Any]
     summary: Mapping[str, Any]
-    test: Predictions | SurvivalPredictions
-    val: Predictions | SurvivalPredictions | None
+    test: Predictions | SurvivalPredictions | RepresentationRows
+    val: Predictions | SurvivalPredictions | RepresentationRows | None
     curves: Mapping[int, list[dict[str, Any]]]
     control: Run | None = None
 

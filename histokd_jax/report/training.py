@@ -79,7 +79,7 @@ def training_figures(run: Run, validation: Mapping[str, tuple[Callable[[str], bo
             "disentangling anything.",
         ),
     }
-    drawn = [_captioned(run, title, *group) for title, group in groups.items() if group[0]]
+    drawn = [captioned(run, title, *group) for title, group in groups.items() if group[0]]
     drawn += [input_table(run)] if timed_epochs(run) else []
     return join(drawn or [element("p", "No metrics.jsonl was found in this run directory.", class_="soft")])
 
@@ -121,7 +121,8 @@ def _total_loss(run: Run) -> dict[str, Series]:
     }
 
 
-def _captioned(run: Run, title: str, series: dict[str, Series], caption: str) -> Html:
+def captioned(run: Run, title: str, series: dict[str, Series], caption: str) -> Html:
+    """A figure of one group of curves, one panel per metric, under its title."""
     uri = plots.line_panels(series, x=_abscissa_title(run))
     alt = f"{title} per fold: {', '.join(series)}"
     return join([element("h3", title), figure(uri, alt=alt, caption=caption, marks=run.marks)])

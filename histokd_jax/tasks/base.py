@@ -1,4 +1,4 @@
-"""The contract between the trainer and a kind of answer (classification, survival)."""
+"""The contract between the trainer and a kind of answer (classification, survival, representation)."""
 
 from __future__ import annotations
 
@@ -124,6 +124,13 @@ class Task(Protocol):
 
     def monitor(self, metrics: Mapping[str, float], modes: Iterable[str]) -> float:
         """The stopping monitor, higher is better: mean over modes."""
+
+    def watch(self, means: Mapping[str, float]) -> Mapping[str, str]:
+        """What must be said about an epoch of training, once: kind of the finding -> text with the evidence.
+
+        Args:
+          means: metric of training -> mean over the epoch.
+        """
 
     def table(self, found: Found, targets: Targets, rows: Rows) -> Table:
         """Predictions of all modes with ids and answers."""

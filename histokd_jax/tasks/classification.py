@@ -129,6 +129,10 @@ class ClassificationTask:
             )
         return float(np.mean([metrics[name] for name in names]))
 
+    def watch(self, means: Mapping[str, float]) -> dict[str, str]:
+        """Nothing beyond the metrics."""
+        return {}
+
     def table(self, found: Found, targets: Targets, rows: Rows) -> Predictions:
         """See `Task.table`."""
         return tables_of.concatenate(

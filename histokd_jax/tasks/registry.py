@@ -9,10 +9,11 @@ from ml_collections import ConfigDict
 
 from histokd_jax.tasks.base import Task
 from histokd_jax.tasks.classification import ClassificationTask
+from histokd_jax.tasks.representation import RepresentationTask
 from histokd_jax.tasks.survival import SurvivalTask
-from histokd_jax.types import CLASSIFICATION, SURVIVAL
+from histokd_jax.types import CLASSIFICATION, REPRESENTATION, SURVIVAL
 
-KINDS = (CLASSIFICATION, SURVIVAL)
+KINDS = (CLASSIFICATION, SURVIVAL, REPRESENTATION)
 
 
 def kind_of(facts: Mapping[str, Any] | ConfigDict) -> str:
@@ -31,4 +32,6 @@ def get_task(cfg: ConfigDict) -> Task:
         return ClassificationTask.from_config(cfg)
     if kind == SURVIVAL:
         return SurvivalTask.from_config(cfg.survival)
+    if kind == REPRESENTATION:
+        return RepresentationTask.from_config(cfg)
     raise ValueError(f"task_kind={kind!r} is unknown; choose one of {KINDS}")

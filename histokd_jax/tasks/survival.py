@@ -170,6 +170,10 @@ class SurvivalTask:
             raise ValueError(f"survival.monitor={self.select_by}: the method predicts no hazards; use {C_INDEX}")
         return sign * float(np.mean([metrics[name] for name in names]))
 
+    def watch(self, means: Mapping[str, float]) -> dict[str, str]:
+        """Nothing beyond the metrics."""
+        return {}
+
     def table(self, found: Found, targets: Targets, rows: Rows) -> SurvivalPredictions:
         """See `Task.table`."""
         answers = (targets[schema.TIME], targets[schema.EVENT], targets[schema.LABEL])

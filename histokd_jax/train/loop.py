@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data_pipelines.cohort import Cohort
 from histokd_jax.tasks import Table
-from histokd_jax.train import distributed, evaluate, held, preparation, schedules
+from histokd_jax.train import distributed, encoder_folders, evaluate, findings, held, preparation, schedules
 from histokd_jax.train.checkpoint import RunCheckpoints
 from histokd_jax.train.experiment import FoldData
 from histokd_jax.train.feed import Feeder
@@ -99,6 +99,7 @@ class Job:
       title: shown on the progress bar.
       frozen: networks that are not trained, see `Method.forward`; neither differentiated nor in any checkpoint.
       held: those of them that an earlier stage of this run has trained; they are evaluated as well.
+      starts: networks that do not start at random.
     """
 
     cfg: ConfigDict
@@ -112,6 +113,7 @@ class Job:
     title: str = ""
     frozen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     held: Held = dataclasses.field(default_factory=Held)
+    starts: encoder_folders.Starts = dataclasses.field(default_factory=encoder_folders.Starts)
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -146,6 +148,7 @@ def fit(job: Job, stop: StopRequest) -> Fit:
     """
     method = job.programs.method
     params, extra, rng = init_params(method, job.cfg.seed)
+    params, extra = encoder_folders.placed(job.starts, params, extra)
     example = job.feeder.shapes(job.data.train)
     with RunCheckpoints(job.directory / "checkpoints", job.identity, job.cfg.ckpt.keep) as checkpoints:
         saved = checkpoints.progress()
@@ -278,6 +281,7 @@ class _StageRunner:
         step, epoch = global_step(self.job, progress), progress.epoch
         facts = {"epoch": epoch, "stage": self.stage.name}
         means = self._epoch_means(state, epoch)
+        findings.tell(self.job.directory, self.job.data.task.watch(means), f"epoch {epoch}")
         self.writer.write(step, {**facts, "split": "train"}, {**means, **timing})
         shown, improved = {"loss": f"{means['loss']:.3f}"}, False
         if "val" in self.job.data.evaluation:

@@ -10,7 +10,7 @@ from data_pipelines import schema
 from data_pipelines.pairs.cohort import pair_cohort
 from data_pipelines.pairs.folder import open_reader
 from data_pipelines.pairs.manifest import PairManifest
-from data_pipelines.pairs.steps import NO_PARTNER, plan_evaluation
+from data_pipelines.pairs.steps import NO_PARTNER, VECTOR, plan_evaluation
 from histokd_jax.train import sharding
 from histokd_jax.train.model_dir import Model
 from histokd_jax.train.new_data import NewData
@@ -46,6 +46,11 @@ def open_new(
     partner = partner_of(model.cfg, reader.manifest) if wanted else NO_PARTNER
     if wanted and partner == NO_PARTNER:
         raise ValueError(f"mode {mode!r} reads the partner of every image, data set {reader.manifest.name} has none")
+    if partner == VECTOR and reader.manifest.vector_size != model.spec.vector_size:
+        raise ValueError(
+            f"data set {reader.manifest.name} has vectors of {reader.manifest.vector_size} numbers, the model was "
+            f"trained on {model.spec.vector_size}: write it again with `histokd pairs --vectors` of the same columns"
+        )
     plan = plan_evaluation(len(cohort), model.cfg.train.b)
     source = make_source(reader, cohort, np.arange(len(cohort)), partner, plan)
     return NewData(source, cohort, PairFeeder(sharding.make_mesh(1), model.cfg.data.threads), reader.manifest)

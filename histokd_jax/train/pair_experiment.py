@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -27,10 +28,11 @@ from histokd_jax.tasks import Task, get_task
 from histokd_jax.train import frozen_models, sharding
 from histokd_jax.train.experiment import FoldData, check_selection, split_marks
 from histokd_jax.train.pair_feed import PairFeeder
-from histokd_jax.types import CLASSIFICATION, DataSpec, Method
+from histokd_jax.types import CLASSIFICATION, REPRESENTATION, DataSpec, Method
 
 AUTO = "auto"
 PARTNER_CHOICES = (AUTO, IMAGE, VECTOR, NO_PARTNER)
+TASKS = (CLASSIFICATION, REPRESENTATION)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,8 +123,10 @@ def load_experiment(cfg: ConfigDict) -> PairExperiment:
     if not cfg.data.dir:
         raise ValueError("data.dir is empty: give the data set with --config.data.dir=DIRECTORY (see `histokd pairs`)")
     task = get_task(cfg)
-    if task.kind != CLASSIFICATION:
-        raise ValueError(f"image pairs have class labels, not task_kind={task.kind}: set task_kind={CLASSIFICATION}")
+    if task.kind not in TASKS:
+        raise ValueError(
+            f"image pairs have class labels or none, not task_kind={task.kind}: set task_kind to one of {TASKS}"
+        )
     reader = PairReader(cfg.data.dir)
     cohort = pair_cohort(reader.manifest, cfg.task)
     return PairExperiment(cfg, reader.manifest, reader, cohort, _folds(cfg, reader.manifest, cohort))
@@ -132,6 +136,8 @@ def _folds(cfg: ConfigDict, manifest: PairManifest, cohort: Cohort) -> list[Spli
     options = {name: cfg.split[name] for name in ("val_fraction", "stratify", "seed")}
     options["protocol"] = cfg.split.get("protocol", CORRECTED)
     overlap = cfg.data.allow_patient_overlap
+    if get_task(cfg).kind == REPRESENTATION:
+        return _label_free_folds(cfg, manifest, cohort, options)
     if not cfg.split.dir and cfg.data.get("official_split", True) and has_official_parts(manifest):
         return [official_split(manifest, cohort, allow_patient_overlap=overlap, **options)]
     kept = labelled_rows(cohort)
@@ -143,6 +149,16 @@ def _folds(cfg: ConfigDict, manifest: PairManifest, cohort: Cohort) -> list[Spli
     return [with_unlabelled(split, cohort, kept) for split in folds]
 
 
+def _label_free_folds(cfg: ConfigDict, manifest: PairManifest, cohort: Cohort, options: dict[str, Any]) -> list[Split]:
+    """Splits of all examples, by group; labels are neither needed nor read."""
+    options, overlap = {**options, "stratify": False}, cfg.data.allow_patient_overlap
+    if cfg.split.dir:
+        return read_folds(cfg.split.dir, cohort, allow_patient_overlap=overlap, **options)
+    if cfg.data.get("official_split", True) and has_official_parts(manifest):
+        return [official_split(manifest, cohort, allow_patient_overlap=overlap, need_labels=False, **options)]
+    return make_folds(cohort, n_folds=cfg.split.n_folds, **options)
+
+
 def fold_data(experiment: PairExperiment, fold: int, method: Method) -> FoldData:
     """Fields of the examples, and the plan of every epoch.
 
@@ -152,7 +168,8 @@ def fold_data(experiment: PairExperiment, fold: int, method: Method) -> FoldData
     cfg, cohort, split = experiment.cfg, experiment.cohort, experiment.folds[fold]
     check_selection(cfg, split, fold)
     experiment.task.check_split(cohort, split, fold)
-    _check_classes(cohort, split, fold)
+    if experiment.task.kind == CLASSIFICATION:
+        _check_classes(cohort, split, fold)
     task = experiment.task.fit(cohort, split.train)
     targets = task.targets(cohort)
     plan = plan_training(
@@ -168,7 +185,10 @@ def fold_data(experiment: PairExperiment, fold: int, method: Method) -> FoldData
     # Every mode is evaluated in one pass, so the pass holds what any of them reads.
     fields = {field for mode in method.modes for field in mode.fields}
     partner = train_partner if _needs_partner(fields) else NO_PARTNER
-    _check_partners(experiment.manifest, cohort, split, fold, partner)
+    # A mode that also reads whether there is a partner leaves out what it cannot compare.
+    parts = () if schema.HAS_PARTNER in fields else ("val", "test")
+    _check_partners(experiment.manifest, cohort, split, fold, partner, parts)
+    _check_any_partner(experiment.manifest, cohort, split, fold, train_partner)
     evaluation = {
         part: make_source(experiment.reader, cohort, rows, partner, plan_evaluation(len(rows), cfg.train.b))
         for part in ("val", "test")
@@ -235,13 +255,32 @@ def _needs_partner(fields: Collection[str]) -> bool:
     return schema.PARTNER in fields
 
 
-def _check_partners(manifest: PairManifest, cohort: Cohort, split: Split, fold: int, partner: str) -> None:
+def _lacking(manifest: PairManifest, cohort: Cohort, rows: np.ndarray, partner: str) -> list[int]:
+    """The rows of examples without a partner."""
+    has = "has_partner" if partner == IMAGE else "has_vector"
+    return [row for row in rows if not getattr(manifest.examples[cohort.slide_index[row]], has)]
+
+
+def _check_any_partner(manifest: PairManifest, cohort: Cohort, split: Split, fold: int, partner: str) -> None:
+    """Examples without a partner are counted; training needs some that have one."""
+    lacking = [] if partner == NO_PARTNER else _lacking(manifest, cohort, split.train, partner)
+    if len(lacking) and len(lacking) == len(split.train):
+        raise ValueError(
+            f"fold {fold}: none of the {len(lacking)} training examples has a partner {partner}, which this method "
+            "learns from: import the data again with their partners (`histokd pairs`), or use another split"
+        )
+    if lacking:
+        logging.info("fold %d: %d of %d training examples have no partner", fold, len(lacking), len(split.train))
+
+
+def _check_partners(
+    manifest: PairManifest, cohort: Cohort, split: Split, fold: int, partner: str, parts: Sequence[str]
+) -> None:
     """A mode that reads partners can only be evaluated on examples that have one."""
     if partner == NO_PARTNER:
         return
-    has = "has_partner" if partner == IMAGE else "has_vector"
-    for part in ("val", "test"):
-        lacking = [row for row in getattr(split, part) if not getattr(manifest.examples[cohort.slide_index[row]], has)]
+    for part in parts:
+        lacking = _lacking(manifest, cohort, getattr(split, part), partner)
         if lacking:
             raise ValueError(
                 f"fold {fold}: {len(lacking)} examples of the {part} part have no partner {partner} (first "

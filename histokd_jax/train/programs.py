@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from histokd_jax.train import distributed, memory, optim, sharding, state, step
+from histokd_jax.train import distributed, gradients, memory, optim, sharding, state, step
 from histokd_jax.types import Method, Stage
 
 
@@ -52,9 +52,14 @@ class Programs:
         key = _key(stage, batch)
         if key not in self._metrics:
             with jax.set_mesh(self.mesh):
-                self._metrics[key] = step.metric_names(self.method, stage.name, params, extra, batch, frozen)
+                names = step.metric_names(self.method, stage.name, params, extra, batch, frozen)
+            self._metrics[key] = sorted([*names, step.NONFINITE_STEPS]) if self._guards() else names
         first = state.start_stage(params, extra, rng, self.optimizer(stage, params), self._metrics[key])
         return sharding.put_tree(first, self._shardings(first))
+
+    def _guards(self) -> bool:
+        """Whether steps that are not finite are counted instead of ending the run."""
+        return gradients.nonfinite(self._cfg.train) != gradients.RAISE
 
     def _shardings(self, tree: Any) -> Any:
         return sharding.state_shardings(self.mesh, tree, self._cfg.mesh.fsdp)
@@ -83,7 +88,7 @@ class Programs:
         return self._compiled[key](train_state, batch, rate, None, frozen)
 
     def _rate(self, lr: float) -> jax.Array:
-        # It changes once per epoch; a NumPy scalar, because a Python number would be sent implicitly.
+        # It rarely changes; a NumPy scalar, because a Python number would be sent implicitly.
         if self._last_rate is None or self._last_rate[0] != lr:
             self._last_rate = lr, sharding.put_tree(np.float32(lr), sharding.replicated(self.mesh))
         return self._last_rate[1]
@@ -98,8 +103,9 @@ class Programs:
                 "scatter": lambda grads: jax.lax.with_sharding_constraint(grads, divided.params),
             }
         body = step.make_train_step(
-            self.method, self.optimizer(stage, train_state.params), stage.name, self._cfg.train.batching, **moves
-        )
+            self.method, self.optimizer(stage, train_state.params), stage.name, self._cfg.train.batching,
+            nonfinite=gradients.nonfinite(self._cfg.train), **moves,
+        )  # fmt: skip
 
         def counted(*args):
             self.traces += 1

@@ -2,6 +2,7 @@
 
     RUN/config.json  run_manifest.json  predictions_{val,test}.csv  summary.json  report.html
     RUN/fold_K/metrics.jsonl  tensorboard/  checkpoints/  model/  predictions_{val,test}.csv  fold.json
+    RUN/fold_K/encoder/   of methods that train an image encoder; findings.json: what it noticed about itself
     RUN/control/...   the same networks with every distillation weight at 0, for the paired comparison
 
 A fold with fold.json is finished and is not trained again; any other continues from its newest checkpoint.
@@ -25,6 +26,7 @@ from histokd_jax.tasks import Table, get_task
 from histokd_jax.train import (
     data_kinds,
     distributed,
+    encoder_folders,
     frozen_models,
     gene_choice,
     loop,
@@ -142,7 +144,8 @@ class Arm:
     def job(self, fold: int, programs: Programs, feeder: Feeder) -> loop.Job:
         """The training of one fold."""
         cfg, data = self.experiment.cfg, self.folds[fold]
-        frozen = frozen_models.read(cfg, self.experiment.data_spec(_fields(cfg), fold), fold)
+        spec = self.experiment.data_spec(_fields(cfg), fold)
+        frozen, starts = frozen_models.read(cfg, spec, fold), encoder_folders.read_starts(cfg, spec)
         return loop.Job(
             cfg=cfg,
             programs=programs,
@@ -151,9 +154,10 @@ class Arm:
             data=data,
             fold=fold,
             directory=self.directory / f"fold_{fold}",
-            identity={**identity(cfg, data), **feeder.identity, **frozen.identity},
+            identity={**identity(cfg, data), **feeder.identity, **frozen.identity, **starts.identity},
             title=f"{cfg.task} {self.title}, fold {fold}",
             frozen=frozen.groups,
+            starts=starts,
         )
 
     def ready(self, job: loop.Job) -> loop.Job:
@@ -330,6 +334,7 @@ def identity(cfg: ConfigDict, data: FoldData) -> dict[str, str]:
 def finish_fold(job: loop.Job, experiment: Experiment, result: loop.Fit) -> None:
     """Exports the model of a trained fold, writes its predictions and, last, fold.json, which marks it finished."""
     model_dir.export(job.directory / "model", result.params, experiment, job.data, job.fold, result.extra)
+    _write_encoders(job, experiment, result)
     if distributed.is_main():
         job.data.task.write_reference(job.directory, experiment.cohort, job.data.split.train)
         if job.data.clusters is not None:
@@ -350,6 +355,17 @@ def finish_fold(job: loop.Job, experiment: Experiment, result: loop.Fit) -> None
     )
     distributed.barrier("fold finished")
     logging.info("fold %d finished: best epoch %d", job.fold, result.progress.stopper.best_epoch)
+
+
+def _write_encoders(job: loop.Job, experiment: Experiment, result: loop.Fit) -> None:
+    """The image encoders that were trained, as folders that `histokd embed --weights` reads."""
+    spec = experiment.data_spec(_fields(job.cfg), job.fold)
+    if not encoder_folders.of_method(job.cfg, spec):
+        return
+    params, extra = job.programs.whole(result.params), job.programs.whole(result.extra)
+    if distributed.is_main():
+        facts = {"config": json.loads(config_utils.to_json(job.cfg)), "split_hash": job.data.split_hash}
+        encoder_folders.write(job.directory, job.cfg, spec, params, extra, experiment.manifest, fold=job.fold, **facts)
 
 
 def is_finished(job: loop.Job) -> bool:

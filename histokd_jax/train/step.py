@@ -12,11 +12,14 @@ import jax.numpy as jnp
 import optax
 
 from data_pipelines import schema
+from histokd_jax.train import gradients
 from histokd_jax.train.rectified import settle
 from histokd_jax.train.state import TrainState
 from histokd_jax.types import Batch, Method
 
 BATCHING = ("packed", "padded", "grad_cache")
+NONFINITE_STEPS = "nonfinite_steps"
+"""Metric: share of the steps whose loss or gradients were not finite, of runs that go on then."""
 
 
 NOTHING_FROZEN: Mapping[str, Any] = {}
@@ -92,6 +95,7 @@ def make_train_step(
     *,
     gather: Callable[[Any], Any] = lambda params: params,
     scatter: Callable[[Any], Any] = lambda grads: grads,
+    nonfinite: str = gradients.RAISE,
 ) -> Callable[..., tuple[TrainState, jax.Array]]:
     """The pure training step (state, batch, lr, values=None, frozen={}) -> (state, loss).
 
@@ -105,13 +109,15 @@ def make_train_step(
       batching: "packed" and "padded" share one graph; "grad_cache" holds one bag at a time.
       gather: makes sharded parameters whole before the forward pass.
       scatter: divides gradients as the optimizer state is divided.
+      nonfinite: one of `gradients.NONFINITE`; with "skip" a step that is not finite leaves all but its number as it
+        was. With "skip" and "fill" its metrics are left out, and it counts in `NONFINITE_STEPS`.
 
     Raises:
       ValueError: unknown batching.
     """
     if batching not in BATCHING:
         raise ValueError(f"train.batching={batching!r}: expected one of {', '.join(BATCHING)}")
-    gradients = cached_loss_and_gradients if batching == "grad_cache" else loss_and_gradients
+    differentiate = cached_loss_and_gradients if batching == "grad_cache" else loss_and_gradients
 
     def train_step(
         state: TrainState,
@@ -122,26 +128,34 @@ def make_train_step(
     ) -> tuple[TrainState, jax.Array]:
         key = jax.random.fold_in(state.rng, state.step)
         params, chosen = gather(state.params), with_values(method, values)
-        loss, metrics, extra, grads = gradients(chosen, stage, params, state.extra, batch, key, state.step, frozen)
+        loss, metrics, extra, grads = differentiate(chosen, stage, params, state.extra, batch, key, state.step, frozen)
         grads = scatter(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         updates = jax.tree.map(lambda u: -lr.astype(u.dtype) * u, updates)
         params, opt_state = settle(tx, optax.apply_updates(state.params, updates), opt_state)
+        params = params if method.after_update is None else method.after_update(params)
         one = jnp.ones(())
         metrics = {**metrics, "loss": (loss, one), "grad_norm": (optax.tree.norm(grads), one)}
+        moved = params, extra, opt_state
+        if nonfinite != gradients.RAISE:
+            finite = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"][0])
+            metrics = _chosen(finite, metrics, jax.tree.map(jnp.zeros_like, metrics))
+            metrics[NONFINITE_STEPS] = 1.0 - finite.astype(jnp.float32), one
+            if nonfinite == gradients.SKIP:
+                moved = _chosen(finite, moved, (state.params, state.extra, state.opt_state))
+        params, extra, opt_state = moved
         totals = {
             name: (total + metrics[name][0], count + metrics[name][1]) for name, (total, count) in state.totals.items()
         }
-        state = state.replace(
-            step=state.step + 1,
-            params=params if method.after_update is None else method.after_update(params),
-            extra=extra,
-            opt_state=opt_state,
-            totals=totals,
-        )
+        state = state.replace(step=state.step + 1, params=params, extra=extra, opt_state=opt_state, totals=totals)
         return state, loss
 
     return train_step
+
+
+def _chosen(condition: jax.Array, new: Any, old: Any) -> Any:
+    """Selected, not multiplied: 0 times NaN is NaN."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
 def with_values(method: Method, values: Mapping[str, jax.Array] | None) -> Method:

@@ -1,0 +1,1 @@
+"""Self-supervised pre-training against a privileged view: More From Less and TriDeNT."""
