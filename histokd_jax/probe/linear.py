@@ -70,7 +70,7 @@ def fit_linear(x: np.ndarray, label: np.ndarray, masks: np.ndarray, num_classes:
 
 @functools.partial(jax.jit, static_argnames=("num_classes", "l2", "at_once"))
 def _solve(x, label, masks, present, *, num_classes: int, l2: float, at_once: int):
-    one = functools.partial(_fit_one, x, label, num_classes, l2)
+    one = functools.partial(_fit_one, x, label, l2)
     with jax.default_matmul_precision("highest"):
         return jax.lax.map(lambda cell: one(*cell), (masks, present), batch_size=at_once)
 
@@ -136,7 +136,7 @@ def _newton_step(problem: _Problem, state: _Progress) -> _Progress:
     return _Progress(jax.tree.map(lambda p, d: p + t * d, state.params, move), size, first, state.count + 1)
 
 
-def _fit_one(x, label, num_classes, l2, weight, present):
+def _fit_one(x, label, l2, weight, present):
     """Weights [D, C], bias [C], probabilities [N, C], whether the gradient vanished."""
     problem = _Problem(x, label, weight, jnp.where(present, 0.0, ABSENT)[None], l2)
     params = (jnp.zeros((x.shape[1], problem.columns)), jnp.zeros(problem.columns))
