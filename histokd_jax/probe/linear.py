@@ -64,12 +64,12 @@ def fit_linear(x: np.ndarray, label: np.ndarray, masks: np.ndarray, num_classes:
         raise ValueError(f"subset {int(np.argmax(present.sum(axis=1) < 2))} holds labels of fewer than two classes")
     at_once = max(1, min(len(masks), _MOST_LOGITS // max(1, x.shape[0] * num_classes)))
     arrays = (jnp.asarray(x, jnp.float32), jnp.asarray(label, jnp.int32), jnp.asarray(masks), jnp.asarray(present))
-    found = _solve(*arrays, num_classes=num_classes, l2=float(l2), at_once=at_once)
+    found = _solve(*arrays, l2=float(l2), at_once=at_once)
     return LinearProbe(*(np.asarray(part) for part in found))
 
 
-@functools.partial(jax.jit, static_argnames=("num_classes", "l2", "at_once"))
-def _solve(x, label, masks, present, *, num_classes: int, l2: float, at_once: int):
+@functools.partial(jax.jit, static_argnames=("l2", "at_once"))
+def _solve(x, label, masks, present, *, l2: float, at_once: int):
     one = functools.partial(_fit_one, x, label, l2)
     with jax.default_matmul_precision("highest"):
         return jax.lax.map(lambda cell: one(*cell), (masks, present), batch_size=at_once)

@@ -137,7 +137,7 @@ def _own_array(patches: LabelledPatches, name: str) -> np.ndarray:
 
 
 def _preset(architecture: str, weights: str) -> LoadedEncoder:
-    name, *settings = architecture.split(",")
+    name, *settings = _settings(architecture)
     encoder = presets.changed(presets.get(name), settings)
     if not weights.startswith(RANDOM_PREFIX):
         return loading.load(encoder, pathlib.Path(weights))
@@ -145,6 +145,15 @@ def _preset(architecture: str, weights: str) -> LoadedEncoder:
     if not seed.isdecimal():
         raise DataError(f"--encoder {architecture}@{weights}: expected random:SEED with a whole number")
     return loading.random(encoder, int(seed))
+
+
+def _settings(architecture: str) -> list[str]:
+    """ "resnet50,blocks=3,4,6,width=8" -> its name and every KEY=VALUE, whose value may hold commas."""
+    parts = architecture.split(",")
+    found = parts[:1]
+    for part in parts[1:]:
+        found += [part] if "=" in part or len(found) == 1 else [f"{found.pop()},{part}"]
+    return found
 
 
 def _finite(features: np.ndarray, text: str, patches: LabelledPatches, missing: str) -> np.ndarray:

@@ -252,6 +252,8 @@ def test_sources_by_text(images, tmp_path):
     assert found[0].loaded.sha256 == resnet(2).sha256 and found[2].features.shape == (16, 2)
     assert found[1].marks == ("floor: random weights, not trained",) and found[0].marks == ()
     assert [source.label for source in open_sources([], patches)] == ["own"]
+    cut = open_sources(["cut=resnet50,blocks=1,1,width=4,image=32@random:0"], patches)[0].loaded.encoder
+    assert cut.spec.blocks == (1, 1) and cut.spec.width == 4
 
 
 @pytest.mark.parametrize(
