@@ -105,7 +105,12 @@ def cluster(features: np.ndarray, label: np.ndarray, options: ClusterOptions) ->
     reducer = umap.UMAP(n_components=2, n_neighbors=options.neighbours, min_dist=0.0, random_state=options.seed)
     points = np.asarray(reducer.fit_transform(features), np.float64)
     # scikit-learn counts the point itself, the package hdbscan, which A8 means, does not.
-    density = HDBSCAN(options.min_size, options.min_samples + 1, cluster_selection_method="leaf", copy=True)
+    density = HDBSCAN(
+        min_cluster_size=options.min_size,
+        min_samples=options.min_samples + 1,
+        cluster_selection_method="leaf",
+        copy=True,
+    )
     found = density.fit_predict(points)
     assigned = found >= 0
     agreement = float(adjusted_rand_score(label[assigned], found[assigned])) if assigned.any() else None

@@ -103,7 +103,11 @@ class _Problem:
         return (0.5 * self.l2 * jnp.sum(w * w) - jnp.sum(self.weight * likely)) / jnp.sum(self.weight)
 
     def objective(self, params) -> jax.Array:
-        return self.value(self.scores(params), params[0])
+        w, b = params
+        # Equal shifts of all biases change nothing, and conjugate gradients would drift along them. Their sum stays 0,
+        # so that this term, which only gives that direction some curvature, is 0 at every step.
+        drift = jnp.sum(b * (self.hidden[0] == 0)) if self.columns > 1 else 0.0
+        return self.value(self.scores(params), w) + 0.5 * drift * drift
 
     def step_size(self, params, move) -> jax.Array:
         """The whole step, unless a shorter one is clearly better: along a line scores are linear, so this is cheap."""

@@ -126,7 +126,9 @@ def _check(sources: Sequence[Source], settings: Settings, maps: MapOptions | Non
     if arrays and FINETUNE in settings.probes:
         raise ValueError(f"feature arrays cannot be fine-tuned: {', '.join(arrays)}; leave finetune out of --probes")
     if arrays and settings.n_views:
-        raise ValueError(f"--augment {settings.augment} needs images, {', '.join(arrays)} are feature arrays")
+        raise ValueError(
+            f"--augment {settings.augment} needs images, {', '.join(arrays)} are feature arrays: --augment none"
+        )
     if maps is not None:
         check_map_options(sources, settings, maps)
     if settings.clusters is not None:

@@ -62,17 +62,17 @@ class Settings:
             raise ValueError(
                 f"--augment {self.augment} and --votes {self.votes}: choose of {tuple(AUGMENTATIONS)}, {VOTES}"
             )
+        if self.augment != NONE and MLP not in self.probes:
+            raise ValueError(
+                f"--augment {self.augment} is for {MLP}, which --probes {','.join(self.probes)} leaves out"
+            )
         if not self.ks or min(self.ks) < 1 or self.l2 <= 0 or self.views < 0 or self.bootstrap < 0:
             raise ValueError(f"k {self.ks}, l2 {self.l2}, views {self.views}, bootstrap {self.bootstrap}: out of range")
 
     @property
     def n_views(self) -> int:
         """Views that are embedded; 0 without augmentation."""
-        return (
-            0
-            if self.augment == NONE or MLP not in self.probes
-            else min(self.views or self.head.epochs, self.head.epochs)
-        )
+        return 0 if self.augment == NONE else min(self.views or self.head.epochs, self.head.epochs)
 
     @property
     def pipeline(self) -> tuple:

@@ -1,7 +1,6 @@
 """Maps of evidence against arithmetic by hand."""
 
 import encoder_reference as reference
-import jax
 import numpy as np
 import pytest
 from labelled_setup import EDGE, RESNET, pictures, resnet
@@ -100,13 +99,3 @@ def test_an_overlay_leaves_pixels_without_evidence_alone():
     heat[5, 6] = 3.0
     changed = (overlay.overlaid(image, heat) != image).any(-1)
     assert changed.sum() == 1 and changed[5, 6]
-
-
-def test_maps_are_a_single_program_per_encoder():
-    loaded, (images, _) = resnet(), pictures(2)
-    weights, bias = probe(loaded.encoder.features)
-    before = maps._maps._cache_size()
-    for c in range(3):
-        maps.class_maps(loaded, images[:1], weights, bias, np.array([c]))
-    assert maps._maps._cache_size() - before <= 1
-    assert jax.default_backend() == "cpu"
