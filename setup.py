@@ -40,6 +40,8 @@ EXTRAS = {
     # Feature files of other tools (HDF5), and encoder weights (safetensors).
     "import": ["h5py>=3.11", "safetensors>=0.4"],
     "torch": ["torch>=2.6"],
+    # Cluster analysis of embeddings (`histokd probe --clusters`); HDBSCAN is scikit-learn's.
+    "clusters": ["umap-learn>=0.5.7"],
     # Limits protobuf, pyarrow and numpy of the whole environment; `make test-beam` therefore uses one of its own.
     "beam": ["apache-beam>=2.77"],
     "cuda": ["jax[cuda12]>=0.10"],

@@ -44,10 +44,14 @@ LAYERS = {
         *("histokd_jax.embed", "histokd_jax.encoders", "histokd_jax.nn", "histokd_jax.ops", "histokd_jax.types"),
         *("histokd_jax.train.sharding", "data_pipelines"),
     },
+    "histokd_jax.probe": {
+        *("histokd_jax.probe", "histokd_jax.embed", "histokd_jax.encoders", "histokd_jax.nn", "histokd_jax.ops"),
+        *("histokd_jax.evals", "histokd_jax.types", "histokd_jax.train.provenance", "data_pipelines"),
+    },
     "histokd_jax.cli": {
         *("histokd_jax.cli", "histokd_jax.train", "histokd_jax.evals", "histokd_jax.report", "histokd_jax.utils"),
         *("histokd_jax.inference", "histokd_jax.convert", "histokd_jax.tasks", "data_pipelines"),
-        *("histokd_jax.encoders", "histokd_jax.embed"),
+        *("histokd_jax.encoders", "histokd_jax.embed", "histokd_jax.probe", "histokd_jax.ops.image.presets"),
     },
     "configs": {"configs"},
 }
@@ -61,7 +65,7 @@ WITHOUT = {
     "histokd_jax.methods": {"grain", "orbax", "array_record"},
     "configs": {"jax", "numpy", "flax"},
 }
-HEAVY = {"tensorflow", "tensorflow_datasets", "torch", "openslide", "apache_beam"}
+HEAVY = {"tensorflow", "tensorflow_datasets", "torch", "openslide", "apache_beam", "umap"}
 
 
 def sources():

@@ -19,6 +19,7 @@ from histokd_jax.cli import (
     import_features,
     pairs,
     predict,
+    probe,
     report,
     simulate,
     splits,
@@ -43,6 +44,7 @@ COMMANDS = {
     "sweep": sweep,
     "evaluate": evaluate,
     "predict": predict,
+    "probe": probe,
     "convert": convert,
     "report": report,
 }

@@ -22,6 +22,7 @@ WORDS = {
     "sweep": ("--seeds", "--only", "--dry-run", "continues an interrupted sweep", "diverges is stopped alone", "table"),
     "evaluate": ("summary.json", "--data", "--labels", "External test"),
     "predict": ("no genes and no teacher parameters are needed", "--model", "--attention", "--out"),
+    "probe": ("labels.csv", "--encoder", "--fractions", "leakage cannot be excluded", "--maps", "Exit code"),
     "convert": ("--to-torch", "--config", "no code in a file is run", "errors that name the key"),
     "report": ("report.html", "RUN"),
 }

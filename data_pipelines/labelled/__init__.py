@@ -1,0 +1,1 @@
+"""Labelled patches for the evaluation of encoders: readers of folders, arrays and pair sets, and their split."""
