@@ -27,7 +27,7 @@ from histokd_jax.utils.hlo import collective_bytes
 FULL = {
     "feat_dim": 1024, "genes": 8192, "token_size": 512, "model_d": 256, "model_attn": 128, "method": "mkd",
     "slides_per_step": 16, "step_patches": 16_384, "chunk": 512, "devices": [1, 2, 4, 8], "compute_dtype": "float32",
-    "window_steps": 10, "repeats": 5, "rounds": 2,
+    "window_steps": 5, "repeats": 5, "rounds": 1,
 }  # fmt: skip
 SMOKE = {
     "feat_dim": 32, "genes": 64, "token_size": 32, "model_d": 16, "model_attn": 8, "method": "student",
