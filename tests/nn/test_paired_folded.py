@@ -55,7 +55,7 @@ def equations(value):
 def test_a_training_step_of_the_teacher_is_less_than_half_as_long():
     counts = []
     for folded in (True, False):
-        network = Teacher(setup.tiny(teacher_depths=(2, 1, 2, 1), folded=folded))
+        network = Teacher(setup.tiny(teacher_depths=(3, 0, 0, 0), folded=folded))
         variables = jax.eval_shape(network.init, jax.random.key(0), *tiles("teacher", jnp.float32))
 
         def loss(params, stats, a, b, network=network):

@@ -205,6 +205,6 @@ def test_the_share_of_time_spent_waiting_for_input_is_told_without_the_compiling
     (run / "fold_1/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = build_report(run).read_text()
     row = re.search(r"fold 1, student</th>(.*?)</tr>", text, re.S).group(1)
-    assert re.findall(r">([^<>]+)<", row) == ["19 images/s", "25.0 %", "2"]
+    assert re.findall(r">([^<>]+)<", row) == ["19 images/s", "25.0&nbsp;%", "2"]
     assert not any("input_bound_fraction" in image["alt"] for image in Balanced(text).images)
     assert "fold 0, online" not in text, "a fold without times has no row"
