@@ -96,6 +96,7 @@ def _trainer(cfg) -> None:
     cfg.train.plateau_patience = 5
     cfg.early_stop.ties_improve = True
     cfg.eval.edgeless = "predict"  # predict | skip: test slides of at most graph.k patches, which have no graph
+    cfg.eval.threshold = "val_f1"  # "" | val_f1: decisions at the threshold of the largest F1 on validation as well
     common.override(
         cfg,
         {

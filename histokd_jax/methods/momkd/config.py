@@ -54,6 +54,7 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
     "train.batching": ("packed", "padded", "grad_cache"),
     "train.compute_dtype": ("float32", "bfloat16"),
     "eval.edgeless": ("predict", "skip"),
+    "eval.threshold": ("", "val_f1"),
 }
 """Allowed values of every enumerated key."""
 
@@ -133,7 +134,7 @@ def default_config() -> ml_collections.ConfigDict:
                 compute_dtype="float32",
             ),
             early_stop=dict(monitor="student_auc", patience=10, min_epoch=10, ties_improve=True),
-            eval=dict(edgeless="predict"),
+            eval=dict(edgeless="predict", threshold="val_f1"),
             infer=dict(mode="pathology"),
         )
     )

@@ -94,6 +94,10 @@ def test_a_run_is_complete_and_the_control_trains_without_genes(trained):
     shown = {"ce", "align_slide", "align_gene", "rec", "mem", "commit", "orth", "acc", "gap_slide", "gap_gene"}
     assert shown <= set(lines[0])
     assert json.loads((trained / "fold_0" / "fold.json").read_text())["traces"] == 1
+    twice = json.loads((trained / "thresholded.json").read_text())["pathology"]
+    summary = json.loads((trained / "summary.json").read_text())["modes"]["pathology"]
+    assert len(twice["thresholds"]) == 1 and set(twice["arg_max"]) == set(twice["val_f1"])
+    assert twice["free"]["auroc"]["mean"] == pytest.approx(summary["auroc"]["mean"])
 
 
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(cohort_dir, trained, tmp_path, monkeypatch):
