@@ -1,4 +1,4 @@
-"""Two classes decided at a threshold chosen on the validation part, beside the arg-max (MoMKD specification, section 7)."""
+"""Two classes decided at a threshold chosen on validation, beside the arg-max (MoMKD specification, section 7)."""
 
 from __future__ import annotations
 
