@@ -58,8 +58,8 @@ SMOKE = {
 PRESETS = {
     "faithful": FAITHFUL,
     "paper_hparams": PAPER_HPARAMS,
-    "fixed_memory": {"memory.update": "fixed"},
-    "ema_memory": {"memory.update": "ema"},
+    "fixed_memory": {"memory.update_by": "fixed"},
+    "ema_memory": {"memory.update_by": "ema"},
     "baseline": BASELINE,
     "slide_only": {"loss.alpha_gene": 0.0, "loss.lambda_rec": 0.0},
     "smoke": SMOKE,
@@ -144,7 +144,7 @@ def _model(cfg) -> None:
     )
     cfg.attention = dict(temperature=0.2, learn_temperature=True, grad_to_memory=False)
     cfg.memory = dict(
-        update="gradient",  # gradient | ema | fixed
+        update_by="gradient",  # gradient | ema | fixed
         momentum=0.99,
         renormalise=False,
         weight_decay=True,

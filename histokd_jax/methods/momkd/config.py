@@ -48,7 +48,7 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
     "genes.nan_policy": ("error", "zero"),
     "labels.her2_equivocal": ("drop", "negative", "fish_resolved"),
     "labels.missing": ("drop", "negative"),
-    "memory.update": (GRADIENT, EMA, FIXED),
+    "memory.update_by": (GRADIENT, EMA, FIXED),
     "memory.init": (KMEANS, RANDOM),
     "ablate.baseline_pool": BASELINE_POOLS,
     "train.batching": ("packed", "padded", "grad_cache"),
@@ -106,7 +106,7 @@ def default_config() -> ml_collections.ConfigDict:
             ),
             attention=dict(temperature=0.2, learn_temperature=True, grad_to_memory=False),
             memory=dict(
-                update=GRADIENT,
+                update_by=GRADIENT,
                 momentum=0.99,
                 renormalise=False,
                 weight_decay=True,
@@ -188,18 +188,19 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f"loss.{used[0]} = {weights[used[0]]} compares with genes, but genes.kind = 'none': set it to 0"
         )
-    if memory.update != GRADIENT and config.commit.move_codes:
+    if memory.update_by != GRADIENT and config.commit.move_codes:
         raise ValueError(
-            f"commit.move_codes = True moves codes by gradients, but memory.update = {memory.update!r}; use 'gradient'"
+            f"commit.move_codes = True moves codes by gradients, but memory.update_by = {memory.update_by!r}; use "
+            "'gradient'"
         )
-    if memory.update == EMA and config.train.batching == "grad_cache":
+    if memory.update_by == EMA and config.train.batching == "grad_cache":
         raise ValueError(
-            "memory.update = 'ema' follows the patches of a step, which train.batching = 'grad_cache' does not keep; "
+            "memory.update_by = 'ema' follows the patches of a step, which train.batching = 'grad_cache' does not keep; "
             "use 'packed'"
         )
-    if memory.update != GRADIENT and memory.renormalise:
+    if memory.update_by != GRADIENT and memory.renormalise:
         raise ValueError(
-            f"memory.renormalise = True follows updates by gradients, but memory.update = {memory.update!r}, which "
+            f"memory.renormalise = True follows updates by gradients, but memory.update_by = {memory.update_by!r}, which "
             "keeps unit norms anyway: set it to False"
         )
 

@@ -156,7 +156,7 @@ def test_prediction_and_attention_from_slides_alone(trained, cohort_dir, tmp_pat
 
 @pytest.mark.parametrize("update", ["fixed", "ema"])
 def test_memories_without_gradient_are_state_that_predict_finds(cohort_dir, tmp_path, update):
-    run.train(load(cohort_dir, memory__update=update, train__max_epochs=1), tmp_path)
+    run.train(load(cohort_dir, memory__update_by=update, train__max_epochs=1), tmp_path)
     model = tmp_path / "fold_0" / "model"
     assert {p.name for p in model.iterdir() if p.is_dir()} == {"SLIDE", "GENES", "extra_SLIDE"}
     loaded = model_dir.load(model, "pathology")
