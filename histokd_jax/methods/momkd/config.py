@@ -195,13 +195,13 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
         )
     if memory.update_by == EMA and config.train.batching == "grad_cache":
         raise ValueError(
-            "memory.update_by = 'ema' follows the patches of a step, which train.batching = 'grad_cache' does not keep; "
-            "use 'packed'"
+            "memory.update_by = 'ema' follows the patches of a step, which train.batching = 'grad_cache' does not "
+            "keep; use 'packed'"
         )
     if memory.update_by != GRADIENT and memory.renormalise:
         raise ValueError(
-            f"memory.renormalise = True follows updates by gradients, but memory.update_by = {memory.update_by!r}, which "
-            "keeps unit norms anyway: set it to False"
+            f"memory.renormalise = True follows updates by gradients, but memory.update_by = {memory.update_by!r}, "
+            "which keeps unit norms anyway: set it to False"
         )
 
 
