@@ -58,8 +58,8 @@ SMOKE = {
 PRESETS = {
     "faithful": FAITHFUL,
     "paper_hparams": PAPER_HPARAMS,
-    "fixed_memory": {"memory.update": "fixed"},
-    "ema_memory": {"memory.update": "ema"},
+    "fixed_memory": {"memory.update_by": "fixed"},
+    "ema_memory": {"memory.update_by": "ema"},
     "baseline": BASELINE,
     "slide_only": {"loss.alpha_gene": 0.0, "loss.lambda_rec": 0.0},
     "smoke": SMOKE,
@@ -96,6 +96,7 @@ def _trainer(cfg) -> None:
     cfg.train.plateau_patience = 5
     cfg.early_stop.ties_improve = True
     cfg.eval.edgeless = "predict"  # predict | skip: test slides of at most graph.k patches, which have no graph
+    cfg.eval.threshold = "val_f1"  # "" | val_f1: decisions at the threshold of the largest F1 on validation as well
     common.override(
         cfg,
         {
@@ -143,7 +144,7 @@ def _model(cfg) -> None:
     )
     cfg.attention = dict(temperature=0.2, learn_temperature=True, grad_to_memory=False)
     cfg.memory = dict(
-        update="gradient",  # gradient | ema | fixed
+        update_by="gradient",  # gradient | ema | fixed
         momentum=0.99,
         renormalise=False,
         weight_decay=True,

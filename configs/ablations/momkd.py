@@ -26,7 +26,7 @@ FAMILIES = {
         "gene_alignment": {"loss.alpha_wsi": 0.0},
         "without_reconstruction": {"loss.lambda_rec": 0.0},
     },
-    "memory": {f"memory_{name}": {"memory.update": name} for name in ("fixed", "ema")},
+    "memory": {f"memory_{name}": {"memory.update_by": name} for name in ("fixed", "ema")},
     "codes": {f"codes_{n}": {"model.codes": n} for n in (4, 64)},
     "graph": {f"graph_{name}": {"graph.direction": name} for name in ("neighbour_to_centre", "symmetric")},
 }

@@ -188,9 +188,9 @@ def _momkd(cfg: ConfigDict) -> dict[str, Adapter]:
     from histokd_jax.methods.momkd.config import GRADIENT
     from histokd_jax.methods.momkd.networks import GENES, MEMORY, SLIDE
 
-    if cfg.memory.update != GRADIENT or cfg.ablate.baseline or not cfg.attention.learn_temperature:
+    if cfg.memory.update_by != GRADIENT or cfg.ablate.baseline or not cfg.attention.learn_temperature:
         raise ConversionError(
-            "the authors' checkpoints hold trained memories and a trained temperature: set memory.update=gradient, "
+            "the authors' checkpoints hold trained memories and a trained temperature: set memory.update_by=gradient, "
             "ablate.baseline=False and attention.learn_temperature=True"
         )
     adapter = Adapter(

@@ -40,7 +40,7 @@ from histokd_jax.train.experiment import Experiment, FoldData
 from histokd_jax.train.feed import Feeder
 from histokd_jax.train.programs import Programs
 from histokd_jax.train.resident import CohortCache
-from histokd_jax.train.run_summary import write_summary
+from histokd_jax.train.run_summary import write_summary, write_thresholded
 from histokd_jax.train.signals import StopRequest
 from histokd_jax.types import Method
 from histokd_jax.utils import config as config_utils
@@ -247,6 +247,7 @@ def close_arm(arm: Arm) -> dict[str, Any]:
     joined = {part: task.concatenate(found) for part, found in tables.items()}
     for part, table in joined.items() if distributed.is_main() else ():
         task.write_table(arm.directory / f"predictions_{part}.csv", table)
+    write_thresholded(arm.directory, arm.experiment.cfg, joined)
     return write_summary(arm.directory, task, joined["test"], arm.experiment.cfg, arm.facts)
 
 

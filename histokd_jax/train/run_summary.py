@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from histokd_jax.evals import summary as summaries
+from histokd_jax.evals import thresholds
+from histokd_jax.evals.predictions import atomic_writer
 from histokd_jax.tasks import Table, Task
 from histokd_jax.train import distributed
 
@@ -22,6 +25,14 @@ def write_summary(
     if distributed.is_main():
         summaries.write_summary(directory / "summary.json", summary)
     return summary
+
+
+def write_thresholded(directory: pathlib.Path, cfg: ConfigDict, tables: Mapping[str, Table]) -> None:
+    """Writes thresholded.json of an arm, if eval.threshold asks for it and there are validation parts."""
+    if cfg.eval.get("threshold", "") != thresholds.VAL_F1 or "val" not in tables or not distributed.is_main():
+        return
+    with atomic_writer(directory / "thresholded.json") as stream:
+        json.dump(thresholds.report(tables["val"], tables["test"]), stream, indent=2, sort_keys=True)
 
 
 def summary_facts(task: Task, manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def test_presets_equal_those_of_the_method():
 def test_every_switch_of_the_specification_has_its_key():
     flat = config.flatten(config.load("configs/momkd.py"))
     keys = (
-        "graph.direction genes.ranking_scope labels.missing memory.update memory.momentum memory.renormalise "
+        "graph.direction genes.ranking_scope labels.missing memory.update_by memory.momentum memory.renormalise "
         "memory.weight_decay memory.kmeans_pool attention.grad_to_memory attention.learn_temperature train.clip_norm "
         "train.b early_stop.patience early_stop.min_epoch eval.edgeless ablate.baseline_pool commit.move_codes "
         "loss.alpha_wsi loss.alpha_gene loss.lambda_rec model.codes"
@@ -64,7 +64,7 @@ def test_the_control_arm_trains_without_genes_and_a_run_without_genes_has_none()
 
 def test_words_and_settings_are_read():
     cfg = momkd.get_config("PR, fold=3,seed=7,ema_memory")
-    assert (cfg.task, cfg.fold, cfg.seed, cfg.memory.update) == ("PR", "3", 7, "ema")
+    assert (cfg.task, cfg.fold, cfg.seed, cfg.memory.update_by) == ("PR", "3", 7, "ema")
     assert momkd.get_config("task=ODX").task == "ODX"
     with pytest.raises(ValueError, match="exclude each other"):
         momkd.get_config("fixed_memory,ema_memory")

@@ -41,5 +41,5 @@ def test_widths_are_read_off_and_deviations_name_the_key(golden_dir, tmp_path):
     write_state_dict(tmp_path / "y.pt", {k: v for k, v in state.items() if k != "attn_log_tau"})
     with pytest.raises(ConversionError, match="missing keys: attn_log_tau"):
         models.from_checkpoints(config.load(CONFIG), {"": tmp_path / "y.pt"})
-    with pytest.raises(ConversionError, match="memory.update=gradient"):
+    with pytest.raises(ConversionError, match="memory.update_by=gradient"):
         models.from_checkpoints(config.load(f"{CONFIG},fixed_memory"), {"": tmp_path / "x.pt"})

@@ -48,12 +48,13 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
     "genes.nan_policy": ("error", "zero"),
     "labels.her2_equivocal": ("drop", "negative", "fish_resolved"),
     "labels.missing": ("drop", "negative"),
-    "memory.update": (GRADIENT, EMA, FIXED),
+    "memory.update_by": (GRADIENT, EMA, FIXED),
     "memory.init": (KMEANS, RANDOM),
     "ablate.baseline_pool": BASELINE_POOLS,
     "train.batching": ("packed", "padded", "grad_cache"),
     "train.compute_dtype": ("float32", "bfloat16"),
     "eval.edgeless": ("predict", "skip"),
+    "eval.threshold": ("", "val_f1"),
 }
 """Allowed values of every enumerated key."""
 
@@ -105,7 +106,7 @@ def default_config() -> ml_collections.ConfigDict:
             ),
             attention=dict(temperature=0.2, learn_temperature=True, grad_to_memory=False),
             memory=dict(
-                update=GRADIENT,
+                update_by=GRADIENT,
                 momentum=0.99,
                 renormalise=False,
                 weight_decay=True,
@@ -133,7 +134,7 @@ def default_config() -> ml_collections.ConfigDict:
                 compute_dtype="float32",
             ),
             early_stop=dict(monitor="student_auc", patience=10, min_epoch=10, ties_improve=True),
-            eval=dict(edgeless="predict"),
+            eval=dict(edgeless="predict", threshold="val_f1"),
             infer=dict(mode="pathology"),
         )
     )
@@ -187,19 +188,20 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f"loss.{used[0]} = {weights[used[0]]} compares with genes, but genes.kind = 'none': set it to 0"
         )
-    if memory.update != GRADIENT and config.commit.move_codes:
+    if memory.update_by != GRADIENT and config.commit.move_codes:
         raise ValueError(
-            f"commit.move_codes = True moves codes by gradients, but memory.update = {memory.update!r}; use 'gradient'"
+            f"commit.move_codes = True moves codes by gradients, but memory.update_by = {memory.update_by!r}; use "
+            "'gradient'"
         )
-    if memory.update == EMA and config.train.batching == "grad_cache":
+    if memory.update_by == EMA and config.train.batching == "grad_cache":
         raise ValueError(
-            "memory.update = 'ema' follows the patches of a step, which train.batching = 'grad_cache' does not keep; "
-            "use 'packed'"
+            "memory.update_by = 'ema' follows the patches of a step, which train.batching = 'grad_cache' does not "
+            "keep; use 'packed'"
         )
-    if memory.update != GRADIENT and memory.renormalise:
+    if memory.update_by != GRADIENT and memory.renormalise:
         raise ValueError(
-            f"memory.renormalise = True follows updates by gradients, but memory.update = {memory.update!r}, which "
-            "keeps unit norms anyway: set it to False"
+            f"memory.renormalise = True follows updates by gradients, but memory.update_by = {memory.update_by!r}, "
+            "which keeps unit norms anyway: set it to False"
         )
 
 

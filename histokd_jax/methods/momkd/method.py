@@ -319,7 +319,7 @@ def make_run(config: ml_collections.ConfigDict, data: DataSpec) -> MoMkd:
     return MoMkd(
         network_spec(config, data.feat_dim, data.num_genes, data.num_classes),
         objective_spec(config),
-        update=stored.update,
+        update=stored.update_by,
         momentum=stored.momentum,
         move_codes=config.commit.move_codes,
         align_tau=config.align.tau,

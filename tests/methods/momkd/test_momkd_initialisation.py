@@ -82,7 +82,7 @@ def batches(found=None):
 
 @pytest.mark.parametrize("update", ["gradient", "ema", "fixed"])
 def test_C14_prepared_codes_are_unit_norm_reproducible_and_of_the_right_class(update):
-    run = setup.small_run(memory__update=update)
+    run = setup.small_run(memory__update_by=update)
     params, extra = run.init(jax.random.key(0))
     first, second = (run.codes(*run.prepare(params, extra, batches(noise), 3)) for noise in (None, 4))
     np.testing.assert_array_equal(first, second)

@@ -119,7 +119,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("update", ["gradient", "fixed"])
 def test_C7_genes_reach_the_slide_branch_one_step_later_through_the_memories(update):
-    method = setup.small_method(memory__update=update)
+    method = setup.small_method(memory__update_by=update)
     params, extra = method.init(jax.random.key(0))
     batch = setup.batch()
     other = batch | {"genes": batch["genes"] + 1.0}
@@ -177,9 +177,9 @@ def test_C17_a_moving_average_that_never_moves_equals_fixed_memories():
     batches = [setup.batch(seed=seed) for seed in range(3)]
     ends = {}
     for name, changes in {
-        "fixed": {"memory__update": "fixed"},
-        "still": {"memory__update": "ema", "memory__momentum": 1.0},
-        "moving": {"memory__update": "ema", "memory__momentum": 0.5},
+        "fixed": {"memory__update_by": "fixed"},
+        "still": {"memory__update_by": "ema", "memory__momentum": 1.0},
+        "moving": {"memory__update_by": "ema", "memory__momentum": 0.5},
     }.items():
         method = setup.small_method(**changes)
         params, extra = method.init(jax.random.key(0))
@@ -334,7 +334,7 @@ def test_bfloat16_operands_stay_close():
         ("model.d", 9),
         ("model.codes", 0),
         ("model.edge_dropout", 1.0),
-        ("memory.update", "momentum"),
+        ("memory.update_by", "momentum"),
         ("memory.momentum", 1.5),
         ("loss.alpha_wsi", -0.1),
         ("align.tau", 0.0),
@@ -357,9 +357,9 @@ def test_bad_values_are_named(key, value):
     "changes,message",
     [
         ({"genes.kind": "none"}, "loss.alpha_gene = 0.05 compares with genes"),
-        ({"memory.update": "fixed", "commit.move_codes": True}, "commit.move_codes = True"),
-        ({"memory.update": "ema", "train.batching": "grad_cache"}, "grad_cache"),
-        ({"memory.update": "ema", "memory.renormalise": True}, "memory.renormalise = True"),
+        ({"memory.update_by": "fixed", "commit.move_codes": True}, "commit.move_codes = True"),
+        ({"memory.update_by": "ema", "train.batching": "grad_cache"}, "grad_cache"),
+        ({"memory.update_by": "ema", "memory.renormalise": True}, "memory.renormalise = True"),
     ],
 )
 def test_contradictions_are_named(changes, message):

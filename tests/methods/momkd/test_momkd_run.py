@@ -94,6 +94,10 @@ def test_a_run_is_complete_and_the_control_trains_without_genes(trained):
     shown = {"ce", "align_slide", "align_gene", "rec", "mem", "commit", "orth", "acc", "gap_slide", "gap_gene"}
     assert shown <= set(lines[0])
     assert json.loads((trained / "fold_0" / "fold.json").read_text())["traces"] == 1
+    twice = json.loads((trained / "thresholded.json").read_text())["pathology"]
+    summary = json.loads((trained / "summary.json").read_text())["modes"]["pathology"]
+    assert len(twice["thresholds"]) == 1 and set(twice["arg_max"]) == set(twice["val_f1"])
+    assert twice["free"]["auroc"]["mean"] == pytest.approx(summary["auroc"]["mean"])
 
 
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(cohort_dir, trained, tmp_path, monkeypatch):
@@ -152,7 +156,7 @@ def test_prediction_and_attention_from_slides_alone(trained, cohort_dir, tmp_pat
 
 @pytest.mark.parametrize("update", ["fixed", "ema"])
 def test_memories_without_gradient_are_state_that_predict_finds(cohort_dir, tmp_path, update):
-    run.train(load(cohort_dir, memory__update=update, train__max_epochs=1), tmp_path)
+    run.train(load(cohort_dir, memory__update_by=update, train__max_epochs=1), tmp_path)
     model = tmp_path / "fold_0" / "model"
     assert {p.name for p in model.iterdir() if p.is_dir()} == {"SLIDE", "GENES", "extra_SLIDE"}
     loaded = model_dir.load(model, "pathology")
