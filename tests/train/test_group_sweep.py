@@ -74,18 +74,31 @@ def sizes(directory):
     return [json.loads((directory / f"fold_{k}" / "model" / "model.json").read_text())["spec"] for k in (0, 1)]
 
 
+def test_folds_of_other_widths_have_programs_of_their_own_shared_by_settings(settings):
+    """Without compiling anything: one group of settings, one `Programs` for every choice of sizes."""
+    plan = sweep.prepare(settings, "full", (0, 1))
+    assert len(plan.groups) == 1 and "one program for every choice of sizes" in plan.describe()
+    trainer = sweep._Trainer(plan, plan.groups[0], None, (), StopRequest(), 0, "")
+    found = {}
+    for member in plan.members(plan.groups[0]):
+        data = trainer._plan(trainer._experiment(member.setting, member.seed), member.fold)
+        found.setdefault(member.fold, set()).add(id(trainer.widths.programs(data)))
+    assert all(len(programs) == 1 for programs in found.values()) and found[0] != found[1]
+
+
+@pytest.mark.slow
 def test_folds_of_other_widths_are_trained_by_programs_of_their_own(swept):
-    path, parts, plan, _ = swept
+    path, parts, _, _ = swept
     groups = [spec["gene_groups"] for spec in sizes(path / "full" / "seed_0")]
     assert groups[0] != groups[1], "the folds must choose groups of other sizes for this check"
     # The weight of the reconstruction is data: both settings share the program of a fold.
     assert sorted(sorted(part) for part in parts) == [
         [f"{name}, seed 0, fold {k}" for name in ("full", "without_reconstruction")] for k in (0, 1)
     ]
-    assert "one program for every choice of sizes" in plan.describe()
     assert not list((path / "groups").iterdir())
 
 
+@pytest.mark.slow
 def test_predictions_equal_those_of_single_runs(swept, alone):
     path = swept[0]
     for name in ("full", "without_reconstruction"):
@@ -95,6 +108,7 @@ def test_predictions_equal_those_of_single_runs(swept, alone):
     assert sizes(path / "full" / "seed_0") == sizes(alone / "full" / "seed_0")
 
 
+@pytest.mark.slow
 def test_the_table_is_that_of_single_runs(swept, alone):
     table, options = swept[3], {"bootstrap": 40, "seed": swept[2].experiments["full"].cfg.seed}
     runs = {
