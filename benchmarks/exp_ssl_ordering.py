@@ -6,7 +6,7 @@ Simulated images of 24 pixels. The label `shared` is the direction of stripes th
 strong smooth nuisance and noise, and plain in the privileged view. The label `own` is the frequency of a checkerboard
 that only the image has. Encoders are trained without labels; a ridge classifier on the frozen features of the image is
 compared on images of another draw. Expected: with a privileged view better on `shared` than without; TriDeNT keeps
-`own`, the privileged Siamese loses it; a useless view costs TriDeNT nothing. Margins were fixed before anything was run.
+`own`, the privileged Siamese loses it; a useless view costs TriDeNT nothing. Margins were fixed beforehand.
 """
 
 from __future__ import annotations
