@@ -1,9 +1,9 @@
 """Images per second of a TriDeNT training step, with and without augmentation, against a PyTorch step of our own.
 
 Compute only, without input: ResNet-50 (Keras' version 1), projectors of 3 x 8192, VICReg over three branches, Adam with
-Compute only, without input: ResNet-50 (Keras' version 1), projectors of 3 x 8192, VICReg over three branches, Adam
-it is compared with the plain side; the share of augmentation is the difference between the two sides of this library,
-which share one state. Two networks with Adam take 5.6 GB on each side. Measure on a quiet machine.
+every gradient clipped on its own. An image is one example, which passes three branches. The peer has no augmentation,
+so it is compared with the plain side; the share of augmentation is the difference between the two sides of this
+library, which share one state. Two networks with Adam take 5.6 GB on each side. Measure on a quiet machine.
 
     python -m benchmarks.bench_ssl [--smoke] [--sizes 224] [--batches 8 16] [--sides ...] [--out FILE]
 """

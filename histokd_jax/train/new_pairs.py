@@ -16,6 +16,7 @@ from histokd_jax.train.model_dir import Model
 from histokd_jax.train.new_data import NewData
 from histokd_jax.train.pair_experiment import make_source, partner_of
 from histokd_jax.train.pair_feed import PairFeeder
+from histokd_jax.types import REPRESENTATION
 
 
 def open_new(
@@ -28,7 +29,7 @@ def open_new(
       mode: inference mode.
       data: a data set of image pairs (partners may be absent), or a folder of images.
       labels: not empty: predict the labelled images only, to compare with their labels, which are in the data set; an
-        existing file is refused.
+        existing file is refused. Without meaning for a task that has no labels.
       genes, cnv: of bags only; must be empty.
       task: name of the label; empty: the model's.
 
@@ -40,8 +41,9 @@ def open_new(
     if labels and pathlib.Path(labels).is_file():
         raise ValueError(f"{labels}: the labels of image pairs are in their data set: use `histokd pairs --labels`")
     reader = open_reader(pathlib.Path(data))
-    check_input(reader.manifest, model, bool(labels))
-    cohort = pair_cohort(reader.manifest, task or model.cfg.task, labelled=bool(labels))
+    labelled = bool(labels) and model.task.kind != REPRESENTATION
+    check_input(reader.manifest, model, labelled)
+    cohort = pair_cohort(reader.manifest, task or model.cfg.task, labelled=labelled)
     wanted = schema.PARTNER in model.method.mode(mode).fields
     partner = partner_of(model.cfg, reader.manifest) if wanted else NO_PARTNER
     if wanted and partner == NO_PARTNER:

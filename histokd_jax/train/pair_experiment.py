@@ -182,6 +182,12 @@ def fold_data(experiment: PairExperiment, fold: int, method: Method) -> FoldData
         drop_last=cfg.train.drop_last,
     )
     train_partner = partner_of(cfg, experiment.manifest) if _needs_partner(method.requires) else NO_PARTNER
+    if _needs_partner(method.requires) and train_partner == NO_PARTNER:
+        raise ValueError(
+            f"method {method.name} learns from partners, but data set {experiment.manifest.name} gives no partners "
+            f"(data.partner={cfg.data.get('partner', AUTO)}): write it again with them (`histokd pairs`), or set "
+            "data.partner"
+        )
     # Every mode is evaluated in one pass, so the pass holds what any of them reads.
     fields = {field for mode in method.modes for field in mode.fields}
     partner = train_partner if _needs_partner(fields) else NO_PARTNER

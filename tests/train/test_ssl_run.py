@@ -104,7 +104,8 @@ def test_the_run_directory_of_a_label_free_run(trained, pairs_dir):
 
 def test_metrics_of_every_epoch_show_terms_health_and_the_rate_of_the_step(trained):
     train, val = records(trained), records(trained, "val")
-    assert len(train) == len(val) == 2 and train[0]["lr"] == pytest.approx(0.0, abs=1e-4)
+    # Four steps, one of them warm-up: the rate of the last step of each epoch.
+    assert [line["lr"] for line in train] == pytest.approx([1e-4, 0.25e-4])
     for line in train:
         assert {"invariance", "variance", "covariance", "spread_image", "spread_partner", "partners"} <= set(line)
         assert {f"{name}_{k}" for name in ("std_unit", "effective_rank", "dead_dims") for k in range(3)} <= set(line)
@@ -158,16 +159,16 @@ def test_F3_10_stopping_and_continuing_gives_the_same_bits(trained, pairs_dir, t
 
 def test_unlabelled_pairs_with_absent_partners_train_from_folds_by_group(tmp_path):
     pair_files.bci(tmp_path / "s", train=20, test=8)
-    for number in (2, 5):
+    for number in (2, 5, 8, 11, 14):
         (tmp_path / f"s/train/IHC/{number:05d}_train_{pair_files.GRADES[number % 4]}.png").unlink()
     manifest = pair_files.imported(
         tmp_path / "s", tmp_path / "data", rule=NO_LABELS, missing_partner="keep", group_regex=r"^0*(\d+)_t"
     ).manifest
-    assert not manifest.class_names and sum(not e.has_partner for e in manifest.examples) == 2
+    assert not manifest.class_names and sum(not e.has_partner for e in manifest.examples) == 5
     cfg = tiny(tmp_path / "data", data__official_split=False, split__n_folds=4, train__max_epochs=1, train__b=4)
     run.train(cfg, tmp_path / "run")
     line = records(tmp_path / "run")[0]
-    assert 0.7 < line["partners"] < 1.0
+    assert 0.4 < line["partners"] < 1.0
     experiment = pair_experiment.load_experiment(sharding.resolve_mesh(cfg))
     for split in experiment.folds:
         parts = [{experiment.cohort.case_id[r] for r in getattr(split, p)} for p in ("train", "val", "test")]

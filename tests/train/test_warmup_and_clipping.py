@@ -85,7 +85,7 @@ def test_C6_adam_as_keras_has_it():
     np.testing.assert_allclose(params["a"], p, rtol=1e-4, atol=1e-6)
     usual = optim.make_optimizer(weight_decay=0.0, decay_bias=True, trainable=("a",), groups=("a",), eps=1e-7)
     first, _ = usual.update({"a": jnp.asarray(grads[0], jnp.float32)}, usual.init(params), params)
-    assert np.abs(first["a"]).mean() > 0.9, "the usual form does not damp tiny gradients at its first step"
+    assert np.abs(first["a"]).mean() > 0.7, "the usual form does not damp tiny gradients at its first step"
 
 
 def test_A5_nan_entries_of_gradients_are_filled():

@@ -168,13 +168,12 @@ def make_run(config: ml_collections.ConfigDict, data: DataSpec) -> _Ssl:
 
 
 def _views(config: ml_collections.ConfigDict, data: DataSpec, layout: Layout) -> Views:
-    image, partner = seen.image_pipelines(config.augment)
-    if data.vector_size:
-        partner = seen.vector_pipeline(config.augment)
+    recipe = seen.image_recipe(config.augment)
+    partner = seen.vector_pipeline(config.augment) if data.vector_size else recipe.partner
     return Views(
         layout=layout,
-        pipelines=tuple(partner if name == PARTNER else image for name in layout.inputs),
-        shared_geometry=config.augment.shared_geometry,
+        pipelines=tuple(partner if name == PARTNER else recipe.image for name in layout.inputs),
+        shared_geometry=recipe.shared_geometry,
         source=config.privileged.source,
         blank=config.privileged.blank,
         input=config.encoder.input,

@@ -63,18 +63,19 @@ class Views:
         return name == PARTNER and self.vector_size > 0
 
 
-def image_pipelines(settings: Any) -> tuple[Pipeline, Pipeline]:
-    """Augmentation of images: (of the primary view, of the privileged view).
+def image_recipe(settings: Any) -> presets.Recipe:
+    """Augmentation of images: steps of the primary and of the privileged view, and whether they are moved alike.
 
     Args:
-      settings: section `augment` of a configuration: preset "a4" with its switches, or one of `ops.image.presets`.
+      settings: section `augment` of a configuration: preset "a4" with its switches, or one of `ops.image.presets`, of
+        which `shared_geometry` alone can be changed, to True.
     """
     if settings.preset != A4:
         recipe = presets.recipe(settings.preset)
-        return recipe.image, recipe.partner
+        return dataclasses.replace(recipe, shared_geometry=recipe.shared_geometry or settings.shared_geometry)
     full = a4(settings.solarise_scale, settings.brightness, settings.noise)
     privileged = {FULL: full, GEOMETRIC_ONLY: presets.mfl_geometry(), NO_AUGMENT: ()}[settings.privileged]
-    return full, privileged
+    return presets.Recipe(full, privileged, settings.shared_geometry)
 
 
 def a4(solarise_scale: float, brightness: float, noise: str) -> Pipeline:

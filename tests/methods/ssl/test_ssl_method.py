@@ -152,6 +152,68 @@ def test_which_encoders_are_written():
     assert folders(layout__share_primary=False) == {"encoder_0": "encoder", "encoder_1": "", "encoder_2": ""}
 
 
+FORMS = {
+    "barlow": {"loss__name": "barlow"},
+    "infonce": {"loss__name": "infonce"},
+    "original": {"loss__assembly": "pairwise_original", "loss__ddof": 1},
+    "split": {"loss__split_dims": (8, 4)},
+    "split_infonce": {"loss__split_dims": (8, 4), "loss__name": "infonce"},
+    "two_views_of_the_partner": {"layout__name": "privileged_only"},
+    "own_networks": {"layout__share_primary": False},
+    "no_projector": {"projector__widths": ()},
+    "shuffled": {"privileged__source": "shuffled"},
+    "bfloat16": {"train__compute_dtype": "bfloat16"},
+    "released_augmentation": {"augment__preset": "a4"},
+    "corrected_augmentation": {
+        "augment__preset": "a4",
+        "augment__shared_geometry": True,
+        "augment__privileged": "geometric_only",
+        "augment__noise": "after_rotation",
+    },
+    "transformer": {
+        "encoder__kind": "vit",
+        "encoder__patch": 8,
+        "encoder__token_width": 16,
+        "encoder__depth": 1,
+        "encoder__heads": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("vector", [0, 9])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_can_be_traced(form, vector):
+    """Shapes alone: nothing is compiled."""
+    run, data = setup.method(vector=vector, **FORMS[form]), setup.batch(vector=vector)
+    params, extra = jax.eval_shape(run.init, jax.random.key(0))
+
+    def loss(params, extra, data):
+        outputs, new = run.forward(params, {}, extra, data, jax.random.key(5), True)
+        value, metrics = run.objective(outputs, data, 0, "pretrain")
+        return value, (metrics, new)
+
+    (value, (metrics, new)), grads = jax.eval_shape(jax.value_and_grad(loss, has_aux=True), params, extra, data)
+    assert value.shape == () and value.dtype == jnp.float32
+    assert jax.tree.map(lambda x: x.shape, grads) == jax.tree.map(lambda x: x.shape, params)
+    assert jax.tree.structure(new) == jax.tree.structure(extra)
+    found = jax.eval_shape(lambda p, e, d: run.predict(p, {}, e, d, "views"), params, extra, data)
+    assert found["loss"].shape == found["together"].shape == (setup.B,)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_moves_every_network(form):
+    run, data = setup.method(**FORMS[form]), setup.batch(missing=(2,))
+    params, extra = setup.init(run)
+    (loss, _), grads = setup.loss_and_gradients(run, params, extra, data)
+    assert np.isfinite(loss)
+    for group, tree in grads.items():
+        assert all(np.isfinite(g).all() for g in jax.tree.leaves(tree)) and any(
+            np.any(g) for g in jax.tree.leaves(tree)
+        )
+        del group
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [

@@ -42,35 +42,35 @@ def step_loss(spec, *z):
 
 def test_F1_branch_sum_of_two_and_three_branches(float64):
     each, terms = losses_of(ObjectiveSpec(), A, B)
-    np.testing.assert_allclose(each, [64.9226580215, 122.0683147018, 115.1694924437, 38.6463914160], rtol=1e-10)
-    np.testing.assert_allclose([terms[n] for n in TERMS], [2.8039803158, 0.5827499810, 0.5334567250], rtol=1e-9)
+    np.testing.assert_allclose(each, [64.9226580215, 122.0683147018, 115.1694924437, 38.6463914160], rtol=1e-8)
+    np.testing.assert_allclose([terms[n] for n in TERMS], [2.8039803158, 0.5827499810, 0.5334567250], rtol=1e-8)
     each, terms = losses_of(ObjectiveSpec(), A, B, C)
-    np.testing.assert_allclose(each, [120.4224796876, 234.7925198597, 206.4596637277, 69.4874193243], rtol=1e-10)
-    np.testing.assert_allclose([terms[n] for n in TERMS], [5.3362713195, 0.9428329079, 0.8129149560], rtol=1e-9)
+    np.testing.assert_allclose(each, [120.4224796876, 234.7925198597, 206.4596637277, 69.4874193243], rtol=1e-8)
+    np.testing.assert_allclose([terms[n] for n in TERMS], [5.3362713195, 0.9428329079, 0.8129149560], rtol=1e-8)
 
 
 def test_F1_gradients_of_mean_and_sum_and_the_logged_loss_is_the_mean(float64):
     (loss, _), grad = jax.value_and_grad(lambda a: step_loss(ObjectiveSpec(reduction="mean"), a, B), has_aux=True)(A)
-    np.testing.assert_allclose(loss, 85.2017141457, rtol=1e-10)
-    np.testing.assert_allclose(grad[0], [-4.9804400208, 2.7270133834, 10.2396170971], rtol=1e-9)
+    np.testing.assert_allclose(loss, 85.2017141457, rtol=1e-8)
+    np.testing.assert_allclose(grad[0], [-4.9804400208, 2.7270133834, 10.2396170971], rtol=1e-8)
     run = jax.value_and_grad(lambda a, c: step_loss(ObjectiveSpec(), a, B, c), (0, 1), has_aux=True)
     (loss, metrics), (ga, gc) = run(A, C)
-    np.testing.assert_allclose(loss, 157.7905206398, rtol=1e-10)
-    np.testing.assert_allclose(ga[0], [-16.6933975542, 2.7013170498, 50.5616352174], rtol=1e-9)
-    np.testing.assert_allclose(gc[3], [-0.4009319007, -7.1516759311, 36.1045223665], rtol=1e-9)
+    np.testing.assert_allclose(loss, 157.7905206398, rtol=1e-8)
+    np.testing.assert_allclose(ga[0], [-16.6933975542, 2.7013170498, 50.5616352174], rtol=1e-8)
+    np.testing.assert_allclose(gc[3], [-0.4009319007, -7.1516759311, 36.1045223665], rtol=1e-8)
     assert set(TERMS) <= set(metrics) and "std_unit_2" in metrics
 
 
 def test_F1_pairwise_original_barlow_and_infonce(float64):
     original = ObjectiveSpec(assembly="pairwise_original", ddof=1, eps=1e-4)
-    np.testing.assert_allclose(jnp.mean(losses_of(original, A, B)[0]), 40.5405536208, rtol=1e-10)
-    np.testing.assert_allclose(jnp.mean(losses_of(original, A, B, C)[0]), 86.3390985433, rtol=1e-10)
+    np.testing.assert_allclose(jnp.mean(losses_of(original, A, B)[0]), 40.5405536208, rtol=1e-8)
+    np.testing.assert_allclose(jnp.mean(losses_of(original, A, B, C)[0]), 86.3390985433, rtol=1e-8)
     each, terms = losses_of(ObjectiveSpec(name="barlow"), A, B)
-    np.testing.assert_allclose(each, np.full(4, 5.7188677347), rtol=1e-9)
-    np.testing.assert_allclose([terms["diagonal"], terms["off_diagonal"]], [5.7172627768, 0.3209915850], rtol=1e-9)
+    np.testing.assert_allclose(each, np.full(4, 5.7188677347), rtol=1e-8)
+    np.testing.assert_allclose([terms["diagonal"], terms["off_diagonal"]], [5.7172627768, 0.3209915850], rtol=1e-8)
     nce = ObjectiveSpec(name="infonce")
-    np.testing.assert_allclose(jnp.mean(losses_of(nce, A, B)[0]), 3.0024950123, rtol=1e-9)
-    np.testing.assert_allclose(jnp.mean(losses_of(nce, A, B, C)[0]), 6.3835387943, rtol=1e-9)
+    np.testing.assert_allclose(jnp.mean(losses_of(nce, A, B)[0]), 3.0024950123, rtol=1e-8)
+    np.testing.assert_allclose(jnp.mean(losses_of(nce, A, B, C)[0]), 6.3835387943, rtol=1e-8)
 
 
 def test_barlow_of_three_branches_is_the_sum_over_pairs(float64):
@@ -102,7 +102,7 @@ def test_absent_views_are_masked_out_of_pairs_and_statistics(float64, form):
     valid = [real, real, real & (np.arange(9) % 3 > 0)]
     z[2][~valid[2]] = 1e6
     each, _ = example_losses(ObjectiveSpec(form=form), list(map(jnp.asarray, z)), list(map(jnp.asarray, valid)), real)
-    np.testing.assert_allclose(np.sum(each) / 8, numpy_vicreg(z, valid), rtol=1e-10)
+    np.testing.assert_allclose(np.sum(each) / 8, numpy_vicreg(z, valid), rtol=1e-8)
     assert each[8] == 0.0
     gradient = jax.grad(lambda x: jnp.sum(example_losses(ObjectiveSpec(form=form), [*z[:2], x], valid, real)[0]))(z[2])
     assert not np.any(np.asarray(gradient)[~valid[2]])
@@ -116,7 +116,7 @@ def test_absent_views_of_other_losses_equal_the_subset(float64, name):
     each, _ = example_losses(ObjectiveSpec(name=name), z, [every, here], every)
     part = [x[here] for x in z]
     expected, _ = example_losses(ObjectiveSpec(name=name), part, *whole(part))
-    np.testing.assert_allclose(np.mean(each), np.mean(expected), rtol=1e-10)
+    np.testing.assert_allclose(np.mean(each), np.mean(expected), rtol=1e-8)
 
 
 @pytest.mark.parametrize("name", objectives.NAMES)
@@ -167,7 +167,7 @@ def test_C5_chunks_of_the_first_embedding_meet_their_branch_once(float64):
     each, terms = losses_of(spec, wide, A, B[:, :2])
     inv = np.mean((wide[:, :3] - A) ** 2, axis=1) + np.mean((wide[:, 3:] - B[:, :2]) ** 2, axis=1)
     rest = 25.0 * terms["variance"] + terms["covariance"]
-    np.testing.assert_allclose(each, 25.0 * inv + rest, rtol=1e-10)
+    np.testing.assert_allclose(each, 25.0 * inv + rest, rtol=1e-8)
     with pytest.raises(ValueError, match=r"width 5 cannot be divided into chunks of \(3, 3\)"):
         losses_of(ObjectiveSpec(split=(3, 3)), wide, A, B)
 

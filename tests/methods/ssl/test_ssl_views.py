@@ -28,11 +28,10 @@ def preset_config(values, **changes):
 
 
 def test_the_switches_of_part_E_give_the_presets_of_the_augmentations():
-    image, partner = views.image_pipelines(preset_config(settings.FAITHFUL).augment)
-    assert image == partner == presets.mfl_faithful()
-    image, partner = views.image_pipelines(preset_config(settings.CORRECTED).augment)
-    assert (image, partner) == (presets.mfl_corrected(), presets.mfl_geometry())
-    assert views.image_pipelines(setup.config(augment__preset="a4").augment)[0] == presets.mfl_faithful()
+    for values, name in ((settings.FAITHFUL, "mfl_faithful"), (settings.CORRECTED, "mfl_corrected")):
+        assert views.image_recipe(preset_config(values).augment) == presets.recipe(name)
+    assert views.image_recipe(setup.config(augment__preset="a4").augment) == presets.recipe("mfl_faithful")
+    assert views.image_recipe(setup.config(augment__preset="hmkd_paired_flips").augment).shared_geometry
 
 
 def test_B5_gene_steps_follow_deviations_21_and_22():
