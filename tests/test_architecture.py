@@ -31,7 +31,8 @@ LAYERS = {
         *("histokd_jax.types", "histokd_jax.ops", "histokd_jax.tasks", "histokd_jax.encoders", "data_pipelines"),
     },
     "histokd_jax.inference": {
-        *("histokd_jax.train", "histokd_jax.tasks", "histokd_jax.evals", "histokd_jax.utils", "data_pipelines"),
+        *("histokd_jax.train", "histokd_jax.tasks", "histokd_jax.evals", "histokd_jax.utils", "histokd_jax.types"),
+        "data_pipelines",
     },
     "histokd_jax.convert": {
         *("histokd_jax.convert", "histokd_jax.methods", "histokd_jax.train", "histokd_jax.utils", "histokd_jax.types"),

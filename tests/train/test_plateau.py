@@ -19,7 +19,7 @@ def settings(**train):
 def test_the_rate_falls_after_more_than_patience_epochs_without_gain():
     cfg, progress, rates = settings(), Progress(), []
     for epoch, value in enumerate([0.5, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6, 0.7, 0.7]):
-        rates.append(progress.rate(cfg))
+        rates.append(progress.rates(cfg, 2)[0])
         progress, _ = progress.monitored(cfg, value, epoch)
     np.testing.assert_allclose(rates, [1e-3] * 5 + [2e-4] * 3 + [4e-5] * 2, rtol=1e-9)
 
@@ -42,7 +42,7 @@ def test_other_schedules_do_not_see_the_plateau():
     cfg, progress = settings(lr_schedule="constant"), Progress()
     for epoch in range(9):
         progress, _ = progress.monitored(cfg, 0.5, epoch)
-    assert progress.rate(cfg) == 1e-3 and progress.plateau == Plateau()
+    assert progress.rates(cfg, 2)[0] == 1e-3 and progress.plateau == Plateau()
 
 
 def test_progress_survives_json_also_without_a_plateau():
