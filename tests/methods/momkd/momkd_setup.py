@@ -1,5 +1,6 @@
 """Small MoMKD runs and batches of the tests of the method, and a NumPy network written from the specification."""
 
+import jax
 import numpy as np
 
 from data_pipelines.neighbours import neighbour_offsets
@@ -37,6 +38,11 @@ def small_method(**overrides):
 
 def small_run(**overrides):
     return make_run(small_config(**overrides), DATA)
+
+
+def details(run, params, extra, batch):
+    """Compiled `MoMkd.details`."""
+    return jax.jit(run.details)(params, extra, batch)
 
 
 def bags(sizes=SIZES, seed=0, width=FEAT):

@@ -46,7 +46,7 @@ def test_slide_branch_equals_numpy_for_every_slide(direction):
     params, extra = params_of(run)
     with jax.enable_x64(True):
         params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), params)
-        details = run.details(params, extra, setup.batch())
+        details = setup.details(run, params, extra, setup.batch())
     p, codes = as_numpy(params["SLIDE"]), np.asarray(params["MEMORY"]["codes"])
     start = 0
     for slot, (x, coords) in enumerate(setup.bags()):
@@ -93,7 +93,7 @@ def test_C10_joint_permutation_of_patches_and_edges_permutes_attention_only():
     orders = [rng.permutation(len(x)) for x, _ in found]
     turned = [(x[order], coords[order]) for (x, coords), order in zip(found, orders)]
     fields = setup.slot_fields(len(found))
-    a, b = (run.details(params, extra, setup.packed(bags) | fields) for bags in (found, turned))
+    a, b = (setup.details(run, params, extra, setup.packed(bags) | fields) for bags in (found, turned))
     for name in ("logits", "slide", "commit", "gap_slide"):
         np.testing.assert_allclose(a[name], b[name], atol=1e-5)
     start = 0
@@ -107,11 +107,11 @@ def test_packing_and_slides_of_a_step_do_not_matter():
     """A slide alone, in other rows, gives what it gives among others."""
     run = setup.small_run()
     params, extra = params_of(run)
-    together = run.details(params, extra, setup.batch())
+    together = setup.details(run, params, extra, setup.batch())
     fields = setup.slot_fields(len(setup.SIZES))
     for slot, bag in enumerate(setup.bags()):
         own = {name: value[slot : slot + 1] for name, value in fields.items()}
-        alone = run.details(params, extra, setup.packed([bag], row=5) | own)
+        alone = setup.details(run, params, extra, setup.packed([bag], row=5) | own)
         for name in ("logits", "slide", "gene", "reconstruction", "commit", "orth", "gap_slide", "gap_gene"):
             np.testing.assert_allclose(alone[name][0], together[name][slot], atol=1e-5, err_msg=name)
 
@@ -120,7 +120,7 @@ def test_C11_without_edges_every_patch_attends_to_itself_only():
     run = setup.small_run()
     params, extra = params_of(run)
     batch = setup.batch() | {"neighbours": np.zeros_like(setup.batch()["neighbours"])}
-    details = run.details(params, extra, batch)
+    details = setup.details(run, params, extra, batch)
     real = batch["segment_ids"].reshape(-1) > 0
     x = batch["patches"].reshape(-1, setup.FEAT)
     gat = as_numpy(params["SLIDE"]["gat_1"])
@@ -128,7 +128,7 @@ def test_C11_without_edges_every_patch_attends_to_itself_only():
         details["patches"].first[real], (setup.linear(gat["source"], x) + gat["bias"])[real], atol=1e-5
     )
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(details))
-    small = run.details(params, extra, setup.packed([setup.bags()[3]]) | setup.slot_fields(1))
+    small = setup.details(run, params, extra, setup.packed([setup.bags()[3]]) | setup.slot_fields(1))
     assert np.isfinite(small["logits"]).all()
 
 
@@ -168,7 +168,7 @@ def test_attention_dropout_keeps_the_mean_and_does_not_depend_on_packing():
     once, real = run(batch, params, seed), batch["segment_ids"].reshape(-1) > 0
     other = setup.packed(found, row=31)
     np.testing.assert_allclose(once[real], run(other, params, seed)[other["segment_ids"].reshape(-1) > 0], atol=1e-6)
-    draws = np.mean(jax.vmap(lambda s: run(batch, params, s))(jnp.arange(300, dtype=jnp.uint32)), axis=0)
+    draws = jnp.mean(jax.jit(jax.vmap(lambda s: run(batch, params, s)))(jnp.arange(300, dtype=jnp.uint32)), axis=0)
     assert np.abs(once - run(batch, params))[real].max() > 0.1
     np.testing.assert_allclose(draws[real], run(batch, params)[real], atol=0.25)
 
@@ -178,4 +178,4 @@ def test_patches_of_another_width_are_refused():
     params, extra = run.init(jax.random.key(0))
     found = setup.bags(width=5)
     with pytest.raises(ValueError, match="5 wide.*data.feat_dim"):
-        run.details(params, extra, setup.packed(found) | setup.slot_fields(len(found)))
+        setup.details(run, params, extra, setup.packed(found) | setup.slot_fields(len(found)))

@@ -58,7 +58,7 @@ def test_the_pool_is_a_uniform_sample_that_does_not_depend_on_the_order_of_slide
     np.testing.assert_array_equal(pool([3, 5, 9]), pool([9, 3, 5]))
     assert len(pool([3, 5, 9])) == 25 and len(np.unique(pool([3, 5, 9]), axis=0)) == 25
     assert not np.array_equal(pool([3, 5, 9]), pool([3, 5, 9], seed=1))
-    counts = sum(np.bincount(pool([3, 5, 9], seed=s)[:, 0], minlength=10) for s in range(200))
+    counts = sum(np.bincount(pool([3, 5, 9], seed=s)[:, 0].astype(int), minlength=10) for s in range(200))
     np.testing.assert_allclose(counts[[3, 5, 9]] / counts.sum(), [0.4, 0.1, 0.5], atol=0.02)
     assert len(pool([5], size=25)) == 10
 
@@ -90,7 +90,7 @@ def test_C14_prepared_codes_are_unit_norm_reproducible_and_of_the_right_class(up
     other = run.codes(*run.prepare(params, extra, batches(), 4))
     assert not np.array_equal(first, other)
     batch = next(batches()())
-    sphere = run.details(params, extra, batch)["patches"].sphere
+    sphere = setup.details(run, params, extra, batch)["patches"].sphere
     segments = batch["segment_ids"].reshape(-1)
     for label in (0, 1):
         mine = np.isin(segments, np.flatnonzero(batch["label"] == label) + 1)
