@@ -1,4 +1,7 @@
-"""Checks 2 to 5, 7 to 10 and 12 of the loss catalogue, for every entry of the table."""
+"""Checks 2 to 5, 7 to 10 and 12 of the loss catalogue, for every entry of the table.
+
+Where the number of examples does not matter it is 4, so that few shapes are compiled.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +26,7 @@ def float64():
 
 @pytest.mark.parametrize("name", sorted(set(la.STATELESS) - NONZERO))
 def test_check_2_zero_at_equality(name, float64):
-    s, _ = la.pair(name, 5)
+    s, _ = la.pair(name, 4)
     assert abs(la.value(name, s, s)) < 1e-6
 
 
@@ -129,8 +132,8 @@ def test_masked_equals_subset_in_value_and_gradient_whatever_the_masked_rows_hol
 
 @pytest.mark.parametrize("name", la.quick(la.STATELESS, la.QUICK | {"cc_product"}))
 def test_check_8_permuting_the_batch_changes_nothing_but_the_product_form(name, float64):
-    entry, order = catalogue.CATALOGUE[name], np.array([3, 0, 4, 1, 2])
-    s, t = la.pair(name, 5)
+    entry, order = catalogue.CATALOGUE[name], np.array([3, 0, 1, 2])
+    s, t = la.pair(name, 4)
     if catalogue.LABEL in entry.needs:
         found = jnp.mean(entry.function(s[order], t[order], jnp.asarray(order % 6)))
     else:
@@ -184,8 +187,8 @@ def test_check_5_translation(name, float64):
 
 @pytest.mark.parametrize("name", ["pkt", "cosine", "at", "nst", "ft", "infonce_pairs", "cc"])
 def test_check_5_invariant_to_the_positive_scale_of_an_example(name, float64):
-    s, t = la.pair(name, 5)
-    scale = np.array([0.5, 2.0, 3.0, 1.0, 10.0]).reshape(-1, *[1] * (s.ndim - 1))
+    s, t = la.pair(name, 4)
+    scale = np.array([0.5, 2.0, 3.0, 10.0]).reshape(-1, *[1] * (s.ndim - 1))
     np.testing.assert_allclose(la.value(name, s * scale, t), la.value(name, s, t), rtol=1e-5)
 
 

@@ -243,17 +243,21 @@ def test_B6_alpha_dropout_keeps_mean_and_variance_and_is_off_in_evaluation():
 
 def test_initialisation():
     """SNN: normal; AMIL: Xavier normal; DSMIL: orthogonal, all with zero biases; the others uniform."""
-    snn = setup.small_method("snn", model__snn__widths=(256, 8)).init(jax.random.key(0))[0]["network"]
+
+    def start(method):
+        return jax.jit(method.init)(jax.random.key(0))[0]["network"]
+
+    snn = start(setup.small_method("snn", model__snn__widths=(256, 8)))
     np.testing.assert_allclose(np.std(snn["body"]["blocks_0"]["kernel"]), setup.GENES**-0.5, rtol=0.05)
     amil = setup.small_method("abmil", model__abmil__init="xavier_normal", model__abmil__width=512)
-    proj = amil.init(jax.random.key(0))[0]["network"]["bag"]["proj"]
+    proj = start(amil)["bag"]["proj"]
     np.testing.assert_allclose(np.std(proj["kernel"]), (2 / (setup.FEAT + 512)) ** 0.5, rtol=0.05)
-    dsmil = setup.small_method("dsmil").init(jax.random.key(0))[0]["network"]
+    dsmil = start(setup.small_method("dsmil"))
     for layer in (dsmil["queries_0"], dsmil["queries_1"], dsmil["head"]):
         gram = layer["kernel"].T @ layer["kernel"]
         np.testing.assert_allclose(gram, np.eye(len(gram)), atol=1e-5)
     for layer in (snn["body"]["blocks_0"], proj, dsmil["instance"]):
         np.testing.assert_array_equal(layer["bias"], 0.0)
-    plain = setup.small_method("abmil", model__abmil__width=512).init(jax.random.key(0))[0]["network"]["bag"]["proj"]
+    plain = start(setup.small_method("abmil", model__abmil__width=512))["bag"]["proj"]
     for x in plain.values():
         assert 0.9 * setup.FEAT**-0.5 < np.abs(x).max() <= setup.FEAT**-0.5
