@@ -1,6 +1,5 @@
 """Initial memories: check 14, and the sample of patches behind them."""
 
-import jax
 import jax.numpy as jnp
 import momkd_setup as setup
 import numpy as np
