@@ -40,6 +40,21 @@ def small_run(**overrides):
     return make_run(small_config(**overrides), DATA)
 
 
+def init(run, seed=0):
+    """Compiled `Method.init`: operations one by one would each be compiled."""
+    return jax.jit(run.init)(jax.random.key(seed))
+
+
+def predict(run, params, extra, batch):
+    """Compiled prediction from slides."""
+    return jax.jit(lambda p, e, b: run.predict(p, {}, e, b, "pathology"))(params, extra, batch)
+
+
+def attention(run, params, extra, batch):
+    """Compiled attention map."""
+    return np.asarray(jax.jit(lambda p, e, b: run.attention(p, {}, e, b, "pathology"))(params, extra, batch))
+
+
 def details(run, params, extra, batch):
     """Compiled `MoMkd.details`."""
     return jax.jit(run.details)(params, extra, batch)

@@ -56,10 +56,10 @@ def named_outputs(run, params, details, batch):
     terms = loss_terms(run.objective_spec, {k: v for k, v in details.items() if k != "patches"}, batch)
     codes = params["MEMORY"]["codes"]
     found = {ours: getattr(patches, field) for ours, field in OUTPUTS.items()}
-    found |= {
-        "index_pos": memory.assign(patches.sphere, codes[1]),
-        "index_neg": memory.assign(patches.sphere, codes[0]),
-    }
+    # The indices of the file are those of the attention (nearest unit code), not of the commitment (nearest raw code):
+    # they differ for patch 16, where L_commit agrees with the raw code.
+    nearest = [jnp.argmax(patches.sphere @ memory.normalise(c).T, axis=-1) for c in codes]
+    found |= {"index_pos": nearest[1], "index_neg": nearest[0]}
     found |= {"logits": details["logits"], "slide_sphere": details["slide"], "gene_sphere": details["gene"]}
     found |= {"gene_embedding": details["gene_embedding"], "reconstruction": details["reconstruction"]}
     found |= {"L_ce": terms["ce"], "L_align_slide": terms["align_slide"], "L_align_gene": terms["align_gene"]}

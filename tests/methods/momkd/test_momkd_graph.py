@@ -11,7 +11,7 @@ from histokd_jax.methods.momkd.graph import DIRECTIONS, GraphAttention, make_edg
 
 def params_of(run, seed=0):
     """Random parameters whose biases are not zero, and codes that are not unit vectors."""
-    params, extra = run.init(jax.random.key(seed))
+    params, extra = setup.init(run, seed)
     rng = np.random.default_rng(seed)
     noisy = jax.tree.map(lambda p: p + np.asarray(0.1 * rng.normal(size=p.shape), np.float32), params)
     noisy["SLIDE"]["log_tau"] = params["SLIDE"]["log_tau"]
@@ -79,7 +79,7 @@ def test_C10_padding_with_arbitrary_content_changes_nothing():
     (noisy, noisy_out), noisy_grads = step(params, setup.batch(noise=5))
     assert np.isfinite(clean) and clean == noisy
     jax.tree.map(np.testing.assert_array_equal, (out, grads), (noisy_out, noisy_grads))
-    weights = run.attention(params, {}, extra, setup.batch(noise=5), "pathology")
+    weights = setup.attention(run, params, extra, setup.batch(noise=5))
     segments = setup.batch()["segment_ids"]
     sums = [weights[segments == slot + 1].sum() for slot in range(len(setup.SIZES))]
     np.testing.assert_allclose(sums, 1.0, rtol=1e-6)
@@ -175,7 +175,7 @@ def test_attention_dropout_keeps_the_mean_and_does_not_depend_on_packing():
 
 def test_patches_of_another_width_are_refused():
     run = setup.small_run()
-    params, extra = run.init(jax.random.key(0))
+    params, extra = setup.init(run)
     found = setup.bags(width=5)
     with pytest.raises(ValueError, match="5 wide.*data.feat_dim"):
         setup.details(run, params, extra, setup.packed(found) | setup.slot_fields(len(found)))

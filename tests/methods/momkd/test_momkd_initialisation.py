@@ -1,6 +1,5 @@
 """Initial memories: check 14, and the sample of patches behind them."""
 
-import jax
 import jax.numpy as jnp
 import momkd_setup as setup
 import numpy as np
@@ -83,7 +82,7 @@ def batches(found=None):
 @pytest.mark.parametrize("update", ["gradient", "ema", "fixed"])
 def test_C14_prepared_codes_are_unit_norm_reproducible_and_of_the_right_class(update):
     run = setup.small_run(memory__update_by=update)
-    params, extra = run.init(jax.random.key(0))
+    params, extra = setup.init(run)
     first, second = (run.codes(*run.prepare(params, extra, batches(noise), 3)) for noise in (None, 4))
     np.testing.assert_array_equal(first, second)
     np.testing.assert_allclose(np.linalg.norm(first, axis=2), 1, rtol=1e-5)
@@ -102,5 +101,5 @@ def test_C14_prepared_codes_are_unit_norm_reproducible_and_of_the_right_class(up
 def test_codes_stay_random_unit_vectors_without_kmeans():
     method = setup.small_method(memory__init="random")
     assert method.prepare is None
-    codes = method.init(jax.random.key(0))[0]["MEMORY"]["codes"]
+    codes = setup.init(method)[0]["MEMORY"]["codes"]
     np.testing.assert_allclose(jnp.linalg.norm(codes, axis=2), 1, rtol=1e-5)

@@ -1,6 +1,7 @@
 """MoMKD as a Method: gradients per term, channel between branches, memories, deployment: checks 6, 7, 13, 16, 17."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -56,14 +57,18 @@ def term_gradients(run, params, batch, extra=None):
         out, _ = run.forward(params, {}, extra or {}, batch, None, False)
         return {name: value for name, value in loss_terms(run.objective_spec, out, batch).items() if name in TABLE}
 
-    values, pull = jax.vjp(terms, params)
-    return {name: pull({k: jnp.asarray(float(k == name)) for k in values})[0] for name in values}
+    @jax.jit
+    def every(params):
+        values, pull = jax.vjp(terms, params)
+        return {name: pull({k: jnp.float32(k == name) for k in values})[0] for name in values}
+
+    return every(params)
 
 
 @pytest.mark.parametrize("label", [1, 0])
 def test_C6_every_term_reaches_exactly_the_parts_of_table_5_1(label):
     run = setup.small_run()
-    params, _ = run.init(jax.random.key(0))
+    params, _ = setup.init(run)
     found = {n: reached(g, label) for n, g in term_gradients(run, params, setup.batch(label=label)).items()}
     assert found == TABLE
 
@@ -76,7 +81,7 @@ def test_C6_switches_open_what_they_name():
     }
     for key, terms in opened.items():
         run = setup.small_run(**{key: True})
-        found = term_gradients(run, run.init(jax.random.key(0))[0], batch)
+        found = term_gradients(run, setup.init(run)[0], batch)
         for name, table in TABLE.items():
             assert reached(found[name], 1) == table | terms.get(name, set()), (key, name)
 
@@ -120,7 +125,7 @@ def same(a, b):
 @pytest.mark.parametrize("update", ["gradient", "fixed"])
 def test_C7_genes_reach_the_slide_branch_one_step_later_through_the_memories(update):
     method = setup.small_method(memory__update_by=update)
-    params, extra = method.init(jax.random.key(0))
+    params, extra = setup.init(method)
     batch = setup.batch()
     other = batch | {"genes": batch["genes"] + 1.0}
     plain = list(steps(method, [batch, batch], params, extra))
@@ -133,7 +138,7 @@ def test_C7_genes_reach_the_slide_branch_one_step_later_through_the_memories(upd
 
 def test_C7_clipping_couples_the_branches():
     method = setup.small_method()
-    params, extra = method.init(jax.random.key(0))
+    params, extra = setup.init(method)
     batch = setup.batch()
     other = batch | {"genes": batch["genes"] + 1.0}
     # Adam forgets the scale of a first gradient only up to its eps.
@@ -143,14 +148,14 @@ def test_C7_clipping_couples_the_branches():
 
 def test_C13_prediction_needs_neither_genes_nor_their_branch():
     method = setup.small_method()
-    params, extra = method.init(jax.random.key(0))
+    params, extra = setup.init(method)
     mode = method.mode("pathology")
     assert mode.params == ("SLIDE", "MEMORY") and "genes" not in mode.fields and "label" not in mode.fields
     batch = setup.batch()
     deployed = {group: params[group] for group in mode.params}
     fields = {name: batch[name] for name in mode.fields}
-    alone = method.predict(deployed, {}, extra, fields, "pathology")
-    full = method.predict(params, {}, extra, batch | {"genes": batch["genes"] * 100}, "pathology")
+    alone = setup.predict(method, deployed, extra, fields)
+    full = setup.predict(method, params, extra, batch | {"genes": batch["genes"] * 100})
     jax.tree.map(np.testing.assert_array_equal, alone, full)
     assert alone["prob"].shape == (4, 2) and alone["embedding"].shape == (4, 8)
     np.testing.assert_allclose(alone["prob"].sum(axis=1), 1, rtol=1e-6)
@@ -159,14 +164,14 @@ def test_C13_prediction_needs_neither_genes_nor_their_branch():
     with pytest.raises(ValueError, match="'MEMORY'.*absent"):
         method.predict({"SLIDE": params["SLIDE"]}, {}, extra, fields, "pathology")
     with pytest.raises(ValueError, match=r"no \['neighbours'\]"):
-        method.predict(params, {}, extra, {n: v for n, v in fields.items() if n != "neighbours"}, "pathology")
+        setup.predict(method, params, extra, {n: v for n, v in fields.items() if n != "neighbours"})
 
 
 @pytest.mark.parametrize("decay", [False, True])
 def test_C16_the_task_alone_leaves_the_memories_as_they_are(decay):
     zero = {f"loss__{name}": 0.0 for name in ("alpha_wsi", "alpha_gene", "lambda_rec", "mem")}
     method = setup.small_method(**zero, memory__weight_decay=decay)
-    params, extra = method.init(jax.random.key(0))
+    params, extra = setup.init(method)
     assert method.stages[0].undecayed == (() if decay else ("MEMORY",))
     *_, (after, _) = steps(method, [setup.batch()] * 10, params, extra, undecayed=method.stages[0].undecayed)
     assert same(after["MEMORY"], params["MEMORY"]) == (not decay)
@@ -182,7 +187,7 @@ def test_C17_a_moving_average_that_never_moves_equals_fixed_memories():
         "moving": {"memory__update_by": "ema", "memory__momentum": 0.5},
     }.items():
         method = setup.small_method(**changes)
-        params, extra = method.init(jax.random.key(0))
+        params, extra = setup.init(method)
         assert set(params) == {"SLIDE", "GENES"} and extra["SLIDE"]["codes"].shape == (2, 4, 5)
         assert method.mode("pathology").params == ("SLIDE",)
         *_, ends[name] = steps(method, batches, params, extra)
@@ -195,7 +200,7 @@ def test_C17_a_moving_average_that_never_moves_equals_fixed_memories():
 def test_renormalised_codes_keep_unit_length():
     for renormalise in (False, True):
         method = setup.small_method(memory__renormalise=renormalise)
-        params, extra = method.init(jax.random.key(0))
+        params, extra = setup.init(method)
         *_, (after, _) = steps(method, [setup.batch()] * 3, params, extra, lr=0.05)
         norms = np.linalg.norm(after["MEMORY"]["codes"], axis=2)
         assert np.allclose(norms, 1, rtol=1e-5) == renormalise
@@ -203,7 +208,7 @@ def test_renormalised_codes_keep_unit_length():
 
 def test_slides_without_genes_train_the_slide_branch_only():
     run = setup.small_run()
-    params, _ = run.init(jax.random.key(0))
+    params, _ = setup.init(run)
     batch = setup.batch()
     has = np.array([True, False, True, False])
     genes = np.where(has[:, None], batch["genes"], np.nan).astype(np.float32)
@@ -213,7 +218,8 @@ def test_slides_without_genes_train_the_slide_branch_only():
         out, _ = run.forward(params, {}, {}, batch, None, False)
         return run.objective(out, batch)[0], loss_terms(run.objective_spec, out, batch)
 
-    (value, terms), grads = jax.value_and_grad(loss, has_aux=True)(params, partly)
+    (value, terms), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, partly)
+    loss = jax.jit(loss)
     assert np.isfinite(value) and all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
     pair = [setup.bags()[0], setup.bags()[2]]
     fields = {name: value[has] for name, value in setup.slot_fields(4).items()}
@@ -229,7 +235,7 @@ def test_slides_without_genes_train_the_slide_branch_only():
 
 def test_empty_slots_count_nothing():
     run = setup.small_run()
-    params, _ = run.init(jax.random.key(0))
+    params, _ = setup.init(run)
     batch = setup.batch()
     wide = {n: np.concatenate([v, np.zeros_like(v[:2])]) if v.shape[0] == 4 and n in setup.slot_fields(4) else v
             for n, v in batch.items()}  # fmt: skip
@@ -238,28 +244,31 @@ def test_empty_slots_count_nothing():
         out, _ = run.forward(params, {}, {}, batch, None, False)
         return run.objective(out, batch)[0]
 
-    a, b = (jax.value_and_grad(loss)(params, x) for x in (batch, wide))
+    a, b = (jax.jit(jax.value_and_grad(loss))(params, x) for x in (batch, wide))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-6), a, b)
 
 
 def test_grad_cache_gives_the_gradient_of_the_whole_step():
     """One slide per row; neighbours are offsets, so that a row alone means the same."""
     run, found = setup.small_run(), setup.bags()
-    params, extra = run.init(jax.random.key(0))
+    params, extra = setup.init(run)
     method = setup.small_method()
     rows = [setup.packed([bag], row=12) for bag in found]
     one = {name: np.concatenate([r[name][:1] for r in rows]) for name in rows[0]}
     one["segment_ids"] = one["segment_ids"] * np.arange(1, 5, dtype=np.int32)[:, None]
     batch = jax.tree.map(jnp.asarray, one | setup.slot_fields(4))
-    args = ("train", params, extra, batch, jax.random.key(1), jnp.int32(0))
-    whole, cached = step.loss_and_gradients(method, *args), step.cached_loss_and_gradients(method, *args)
+    args = (params, extra, batch, jax.random.key(1), jnp.int32(0))
+    whole, cached = (
+        jax.jit(functools.partial(f, method, "train"))(*args)
+        for f in (step.loss_and_gradients, step.cached_loss_and_gradients)
+    )
     np.testing.assert_allclose(whole[0], cached[0], rtol=1e-5)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5), whole[3], cached[3])
 
 
 def test_rows_and_patches_divided_over_devices_give_the_same_gradient():
     run, mesh = setup.small_run(), sharding.make_mesh(2, 2)
-    params, _ = run.init(jax.random.key(0))
+    params, _ = setup.init(run)
     batch = setup.batch(row=10)
     assert batch["segment_ids"].shape == (4, 10)
 
@@ -278,8 +287,8 @@ def test_weights_as_data_equal_weights_as_constants():
     changed = {"loss.alpha_gene": 0.7, "loss.mem": 0.0, "align.margin": 0.1}
     a = setup.small_run()
     b = setup.small_run(**{key.replace(".", "__"): value for key, value in changed.items()})
-    params, _ = a.init(jax.random.key(0))
-    out, _ = a.forward(params, {}, {}, batch, None, False)
+    params, _ = setup.init(a)
+    out, _ = jax.jit(lambda p: a.forward(p, {}, {}, batch, None, False))(params)
     values = {key: jnp.float32(value) for key, value in changed.items()}
     np.testing.assert_allclose(a.objective(out, batch, values=values)[0], b.objective(out, batch)[0], rtol=1e-6)
 
@@ -287,12 +296,12 @@ def test_weights_as_data_equal_weights_as_constants():
 @pytest.mark.parametrize("pool", ["gated_attention", "mean"])
 def test_baseline_pools_do_not_read_the_memories(pool):
     run = setup.small_run(ablate__baseline=True, ablate__baseline_pool=pool)
-    params, _ = run.init(jax.random.key(0))
+    params, _ = setup.init(run)
     assert ("gate" in params["SLIDE"]) == (pool == "gated_attention") and "log_tau" not in params["SLIDE"]
     batch, other = setup.batch(), {**params, "MEMORY": {"codes": -params["MEMORY"]["codes"] + 1}}
-    a, b = (run.predict(p, {}, {}, batch, "pathology")["logits"] for p in (params, other))
+    a, b = (setup.predict(run, p, {}, batch)["logits"] for p in (params, other))
     np.testing.assert_array_equal(a, b)
-    weights = run.attention(params, {}, {}, batch, "pathology")
+    weights = setup.attention(run, params, {}, batch)
     first = weights[batch["segment_ids"] == 1]
     np.testing.assert_allclose(first.sum(), 1, rtol=1e-6)
     assert np.allclose(first, 1 / 9) == (pool == "mean")
@@ -300,28 +309,27 @@ def test_baseline_pools_do_not_read_the_memories(pool):
 
 def test_fixed_temperature_is_no_parameter():
     run = setup.small_run(attention__learn_temperature=False)
-    params, _ = run.init(jax.random.key(0))
+    params, _ = setup.init(run)
     assert "log_tau" not in params["SLIDE"]
     learned = setup.small_run()
     with_tau = {**params, "SLIDE": {**params["SLIDE"], "log_tau": jnp.log(0.2)}}
-    a = run.predict(params, {}, {}, setup.batch(), "pathology")
-    b = learned.predict(with_tau, {}, {}, setup.batch(), "pathology")
+    a, b = setup.predict(run, params, {}, setup.batch()), setup.predict(learned, with_tau, {}, setup.batch())
     np.testing.assert_allclose(a["logits"], b["logits"], rtol=1e-5, atol=1e-6)
 
 
 def test_without_genes_in_the_data_there_is_no_gene_branch():
     config = setup.small_config(genes__kind="none", loss__alpha_gene=0.0, loss__lambda_rec=0.0)
     method = make_method(config, DataSpec(setup.FEAT, 2))
-    params, extra = method.init(jax.random.key(0))
+    params, extra = setup.init(method)
     assert set(params) == {"SLIDE", "MEMORY"} and "genes" not in method.requires
-    out, _ = method.forward(params, {}, extra, setup.batch(), None, False)
+    out, _ = jax.jit(lambda p: method.forward(p, {}, extra, setup.batch(), None, False))(params)
     assert set(method.objective(out, setup.batch())[1]) >= {"loss", "ce", "align_slide", "mem"}
 
 
 def test_bfloat16_operands_stay_close():
     a, b = setup.small_method(), setup.small_method(train__compute_dtype="bfloat16")
-    params, extra = a.init(jax.random.key(0))
-    x, y = (m.predict(params, {}, extra, setup.batch(), "pathology") for m in (a, b))
+    params, extra = setup.init(a)
+    x, y = (setup.predict(m, params, extra, setup.batch()) for m in (a, b))
     assert y["prob"].dtype == jnp.float32
     np.testing.assert_allclose(x["prob"], y["prob"], atol=0.03)
 
@@ -377,6 +385,6 @@ def test_presets_and_data_are_checked():
     with pytest.raises(ValueError, match="width 7, but data.feat_dim = 6"):
         get_method("momkd")(setup.small_config(), DataSpec(7, 2, setup.GENES))
     method = make_method(setup.small_config(), DataSpec(setup.FEAT, 3, setup.GENES))
-    params, extra = method.init(jax.random.key(0))
+    params, extra = setup.init(method)
     with pytest.raises(ValueError, match="has 3: choose a task of two classes"):
         method.forward(params, {}, extra, setup.batch(), None, False)
