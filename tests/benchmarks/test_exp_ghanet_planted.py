@@ -145,7 +145,7 @@ def test_C27_training_follows_the_pytorch_network_step_by_step(monkeypatch):
 
 @pytest.mark.long
 def test_C27_risk_map_and_noise_groups_meet_the_check():
-    """The full network on one planted cohort. The two signal groups do not reach their cosine of 0.3: see the module."""
+    """The full network on one planted cohort; the two signal groups do not reach a cosine of 0.3: see the module."""
     found = exp.experiment(0, vectors="signs", cohort_seed=0)
     assert found["c_index"] >= exp.ACCEPT["c_index"]
     assert min(found["q_mass"]) >= exp.ACCEPT["q_mass"]
