@@ -129,6 +129,7 @@ class Method:
       attention: (params, frozen, extra, batch, mode) -> [R, L] float32, weight of each patch within its slide.
       traced: config keys of numbers that `objective` also takes as data, so that settings which differ only in them
         can be trained by one program.
+      least_slides: fewest slides of a step that the loss of a batch-coupled method is defined on.
     """
 
     name: str
@@ -142,6 +143,7 @@ class Method:
     batch_coupled: bool
     attention: Callable[..., jax.Array] | None = None
     traced: tuple[str, ...] = ()
+    least_slides: int = 2
 
     def mode(self, name: str) -> Mode:
         """The mode called `name`.
