@@ -63,6 +63,7 @@ def plan_coupled(
     grouping: str = "size_balanced",
     batching: str = "packed",
     remainder: str = windows.DROP,
+    least: int = 2,
 ) -> PackPlan:
     """Plan for losses that couple slides: every step holds exactly b slides, floor(n / b) steps per epoch.
 
@@ -74,21 +75,22 @@ def plan_coupled(
       sizes: [n] int, patches per slide, all >= 1.
       labels: [n] int classes; may be None with sampler 'uniform'.
       options: see `PlanOptions`; `rows` is ignored by 'padded'.
-      slides_per_step: b, at least 2 and at most n.
+      slides_per_step: b, at least `least` and at most n.
       grouping: one of `GROUPINGS`.
       batching: 'packed', or 'padded' (one row per slot; the same slides, starts and counts as packed).
       remainder: 'drop', 'carry' or 'flush_scaled', see `windows.accumulation_windows`: with 'carry' the first step of
         an epoch also holds what filled no step of the epoch before, with 'flush_scaled' the last step is shorter. Both
         need grouping 'random'; the loss must know its divisor.
+      least: fewest slides that the loss is defined on: 2 where it compares slides, 1 where steps only count them.
 
     Returns:
       The plan of all epochs.
 
     Raises:
-      ValueError: on malformed sizes or labels, b < 2, b > n, or an unknown option.
+      ValueError: on malformed sizes or labels, b < least, b > n, or an unknown option.
     """
     sizes = _checked_sizes(sizes)
-    _check_coupled(len(sizes), slides_per_step, grouping, batching)
+    _check_coupled(len(sizes), slides_per_step, grouping, batching, least)
     kept = _kept(sizes, options)
     parameters = {"mode": "coupled", "grouping": grouping, **dataclasses.asdict(options)}
     if remainder == windows.DROP:
@@ -249,8 +251,10 @@ def _checked_sizes(sizes: np.ndarray) -> np.ndarray:
     return sizes.astype(np.int64)
 
 
-def _check_coupled(n: int, b: int, grouping: str, batching: str) -> None:
-    if b < 2:
+def _check_coupled(n: int, b: int, grouping: str, batching: str, least: int) -> None:
+    if b < 1:
+        raise ValueError(f"train.b is {b}; expected a positive number of slides per step")
+    if b < least:
         raise ValueError(f"train.b is {b}; losses over pairs of slides need at least 2 slides per step")
     if b > n:
         raise ValueError(f"train.b is {b} but there are only {n} training slides: lower train.b to at most {n}")

@@ -166,6 +166,7 @@ class Method:
         can be trained by one program.
       load: (params, extra) -> (params, extra) with parts that were trained elsewhere in the place of initial ones;
         reads files, so it is called once, outside of any compiled program. None: everything starts as `init` says.
+      least_slides: fewest slides of a step that the loss of a batch-coupled method is defined on.
     """
 
     name: str
@@ -182,6 +183,7 @@ class Method:
     after_update: Callable[[Params], Params] | None = None
     traced: tuple[str, ...] = ()
     load: Callable[[Params, Extra], tuple[Params, Extra]] | None = None
+    least_slides: int = 2
 
     def mode(self, name: str) -> Mode:
         """The mode called `name`.

@@ -347,6 +347,7 @@ def _train_plan(experiment: Experiment, split: Split, method: Method, labels: np
         batching="packed" if cfg.train.batching == "packed" else "padded",
         # Methods whose loss divides by a fixed window choose it; all others leave out what fills no step.
         remainder=cfg.train.get("remainder", windows.DROP),
+        least=method.least_slides,
     )
 
 

@@ -205,10 +205,19 @@ def test_split_to_keeps_all_items_and_refuses_the_impossible():
         binpacking.split_to([np.array([1]), np.array([2])], 3)
 
 
+@pytest.mark.parametrize("grouping", ["random", "size_balanced"])
+def test_steps_of_one_slide_where_the_loss_compares_none(grouping):
+    options = PlanOptions(epochs=2, seed=0, sampler="uniform")
+    plan = plan_coupled(np.array([5, 6, 7]), None, options, slides_per_step=1, grouping=grouping, least=1)
+    assert plan.slide.shape == (2, 3, 1) and plan.steps_per_epoch == 3
+    np.testing.assert_array_equal(np.sort(plan.slide[..., 0], axis=1), [[0, 1, 2]] * 2)
+
+
 @pytest.mark.parametrize(
     "sizes,kwargs,match",
     [
         ([5, 6, 7], {"slides_per_step": 1}, "train.b is 1; losses over pairs"),
+        ([5, 6, 7], {"slides_per_step": 0, "least": 1}, "train.b is 0; expected a positive number"),
         ([5, 6, 7], {"slides_per_step": 4}, "only 3 training slides"),
         ([5, 0, 7], {"slides_per_step": 2}, "slide 1 has 0 patches"),
         ([5.0, 6.0], {"slides_per_step": 2}, "expected integers"),

@@ -258,4 +258,6 @@ def make_method(config: ml_collections.ConfigDict, data: DataSpec) -> Method:
         # The published recipes accumulate an exact number of bags per update.
         batch_coupled=True,
         traced=tuple(objectives.TRACED),
+        # Only risk sets compare slides; SurvPath updates after every bag.
+        least_slides=2 if data.task == SURVIVAL and config.loss.survival == objectives.COX else 1,
     )
