@@ -49,7 +49,7 @@ class Recipe:
       model: changes of `model`.
     """
 
-    epochs: int = 40
+    epochs: int = 24
     b: int = 16
     lr: float = 1e-2
     momentum: float = 0.9
@@ -57,8 +57,8 @@ class Recipe:
     model: tuple[tuple[str, Any], ...] = (
         ("widths", (32, 40, 48, 64)),
         ("stem_patch", 8),
-        ("teacher_depths", (1, 1, 0, 0)),
-        ("student_depths", (1, 1, 0, 0)),
+        ("teacher_depths", (1, 0, 0, 0)),
+        ("student_depths", (1, 0, 0, 0)),
         ("mlp_ratio", 2),
         ("head_hidden", 32),
     )
