@@ -74,7 +74,7 @@ def plan_coupled(
       sizes: [n] int, patches per slide, all >= 1.
       labels: [n] int classes; may be None with sampler 'uniform'.
       options: see `PlanOptions`; `rows` is ignored by 'padded'.
-      slides_per_step: b, at least 2 and at most n.
+      slides_per_step: b, at least 1 and at most n.
       grouping: one of `GROUPINGS`.
       batching: 'packed', or 'padded' (one row per slot; the same slides, starts and counts as packed).
       remainder: 'drop', 'carry' or 'flush_scaled', see `windows.accumulation_windows`: with 'carry' the first step of
@@ -250,8 +250,8 @@ def _checked_sizes(sizes: np.ndarray) -> np.ndarray:
 
 
 def _check_coupled(n: int, b: int, grouping: str, batching: str) -> None:
-    if b < 2:
-        raise ValueError(f"train.b is {b}; losses over pairs of slides need at least 2 slides per step")
+    if b < 1:
+        raise ValueError(f"train.b is {b}; a step needs at least 1 slide (2 if its losses compare slides)")
     if b > n:
         raise ValueError(f"train.b is {b} but there are only {n} training slides: lower train.b to at most {n}")
     if grouping not in GROUPINGS:

@@ -208,7 +208,7 @@ def test_split_to_keeps_all_items_and_refuses_the_impossible():
 @pytest.mark.parametrize(
     "sizes,kwargs,match",
     [
-        ([5, 6, 7], {"slides_per_step": 1}, "train.b is 1; losses over pairs"),
+        ([5, 6, 7], {"slides_per_step": 0}, "train.b is 0; a step needs at least 1 slide"),
         ([5, 6, 7], {"slides_per_step": 4}, "only 3 training slides"),
         ([5, 0, 7], {"slides_per_step": 2}, "slide 1 has 0 patches"),
         ([5.0, 6.0], {"slides_per_step": 2}, "expected integers"),

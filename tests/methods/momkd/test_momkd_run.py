@@ -95,7 +95,7 @@ def test_a_run_is_complete_and_the_control_trains_without_genes(trained):
     assert shown <= set(lines[0])
     assert json.loads((trained / "fold_0" / "fold.json").read_text())["traces"] == 1
     twice = json.loads((trained / "thresholded.json").read_text())["pathology"]
-    summary = json.loads((trained / "summary.json").read_text())["modes"]["pathology"]
+    summary = json.loads((trained / "summary.json").read_text())["modes"]["pathology"]["metrics"]
     assert len(twice["thresholds"]) == 1 and set(twice["arg_max"]) == set(twice["val_f1"])
     assert twice["free"]["auroc"]["mean"] == pytest.approx(summary["auroc"]["mean"])
 
