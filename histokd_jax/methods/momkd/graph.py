@@ -57,6 +57,7 @@ def make_edges(neighbours: jax.Array, segment_ids: jax.Array, positions: jax.Arr
     """
     if direction not in DIRECTIONS:
         raise ValueError(f"graph.direction = {direction!r} is unknown; use one of {DIRECTIONS}")
+    neighbours, segment_ids, positions = map(jnp.asarray, (neighbours, segment_ids, positions))
     slot, k = segment_ids.reshape(-1), neighbours.shape[-1]
     n = slot.shape[0]
     offset = neighbours.reshape(n, k).T

@@ -361,5 +361,6 @@ def make_method(config: ml_collections.ConfigDict, data: DataSpec) -> Method:
         requires=(*_GRAPH_FIELDS, "weight", "label", *genes),
         # A step of the reference is one slide: it must hold exactly train.b.
         batch_coupled=True,
+        least_slides=1,
         traced=tuple(objectives.TRACED),
     )

@@ -96,7 +96,8 @@ def slide_terms(spec: ObjectiveSpec, outputs: Outputs, batch: Batch) -> dict[str
         "orth": (outputs["orth"], valid),
     }
     if "reconstruction" in outputs:
-        target = jnp.where(paired[:, None], batch["genes"], 0.0)
+        # Genes as a target are constant, also where somebody differentiates in the genes that the encoder reads.
+        target = jax.lax.stop_gradient(jnp.where(paired[:, None], batch["genes"], 0.0))
         found["align_gene"] = margin_loss(outputs["gap_gene"], label, spec.beta, spec.margin), paired
         found["rec"] = mean_squared_error(outputs["reconstruction"], target, where=paired), paired
     return {name: (jnp.where(where, values, 0.0), where) for name, (values, where) in found.items()}
