@@ -57,7 +57,7 @@ class Parts:
       kind: "official parts", "groups", "blocks of the published order" or "single patches".
       folds: at least one.
       unit: what each patch is resampled with: its group, its block, or its own id.
-      unit_name: in words.
+      unit_name: in words, plural.
       marks: what must be said beside every number.
       notes: further remarks.
     """
@@ -170,11 +170,11 @@ _NO_GROUPS = "no slide or patient ids: patches of one slide may train and be tes
 def _units(patches: LabelledPatches) -> tuple[tuple[str, ...], str, list[str]]:
     """What is resampled: groups, and patches without a group on their own."""
     if not any(patches.group):
-        return patches.ids, "patch", []
+        return patches.ids, "patches", []
     # Prefixes keep a group and a patch of the same name apart.
     unit = tuple(f"group {g}" if g else f"patch {i}" for g, i in zip(patches.group, patches.ids))
     alone = patches.group.count("")
-    return unit, "group", [f"{alone} patches without a group are groups of their own"] if alone else []
+    return unit, "groups", [f"{alone} patches without a group are groups of their own"] if alone else []
 
 
 def _grouped(patches: LabelledPatches, protocol: Protocol) -> Parts:
@@ -183,7 +183,7 @@ def _grouped(patches: LabelledPatches, protocol: Protocol) -> Parts:
 
 
 def _single(patches: LabelledPatches, protocol: Protocol) -> Parts:
-    return Parts(PATCHES, _drawn(patches, patches.ids, protocol, "patches"), patches.ids, "patch", (_NO_GROUPS,))
+    return Parts(PATCHES, _drawn(patches, patches.ids, protocol, "patches"), patches.ids, "patches", (_NO_GROUPS,))
 
 
 def _drawn(patches: LabelledPatches, unit: Sequence[str], protocol: Protocol, what: str) -> tuple[Fold, ...]:
@@ -220,7 +220,7 @@ def _blocks(patches: LabelledPatches, protocol: Protocol) -> Parts:
     mark = (
         "no slide ids: folds are contiguous blocks of the published order within each class, leakage cannot be excluded"
     )
-    return Parts(BLOCKS, tuple(folds), tuple(unit), f"block of {protocol.block} neighbours", (mark,))
+    return Parts(BLOCKS, tuple(folds), tuple(unit), f"blocks of {protocol.block} neighbours", (mark,))
 
 
 def _check_classes(patches: LabelledPatches, parts: Parts) -> None:

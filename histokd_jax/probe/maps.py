@@ -113,10 +113,14 @@ def _patches(encoder: Encoder, tokens: jax.Array) -> jax.Array:
 
 def embedding_of_split(loaded: LoadedEncoder, images: np.ndarray) -> np.ndarray:
     """[B, features] by way of the split; equals the encoder's own embedding."""
-    spec = loaded.encoder.spec
-    split = _split_resnet if isinstance(spec, ResNetSpec) else _split_vit
-    grid, features = split(loaded.variables, prepare(jnp.asarray(images), loaded.encoder.transform), spec)
-    return np.asarray(features(grid))
+    return np.asarray(_through_split(loaded.variables, jnp.asarray(images), encoder=loaded.encoder))
+
+
+@functools.partial(jax.jit, static_argnames=("encoder",))
+def _through_split(variables, images, *, encoder: Encoder):
+    split = _split_resnet if isinstance(encoder.spec, ResNetSpec) else _split_vit
+    grid, features = split(variables, prepare(images, encoder.transform), encoder.spec)
+    return features(grid)
 
 
 def shown_area(encoder: Encoder, edge: int) -> tuple[float, float]:

@@ -23,7 +23,7 @@ def results_table(probed: Mapping[str, Probed], bootstrap: int, unit_name: str) 
     Args:
       probed: encoder -> what its probes found; the others are compared with the first.
       bootstrap: resamples.
-      unit_name: what is resampled, in words.
+      unit_name: what is resampled, in words (plural).
 
     Returns:
       See `ablation.ablation_table`; each row also has "seed_std", the sample standard deviation over seeds of the mean
@@ -37,7 +37,7 @@ def results_table(probed: Mapping[str, Probed], bootstrap: int, unit_name: str) 
     table = ablation.ablation_table(runs, reference, bootstrap=bootstrap, seed=0, measure=MEASURE)
     for row in table["rows"]:
         row["seed_std"] = seed_deviation(runs[row["setting"]], row["mode"], row["metric"])
-    how = table["how"].replace("patients resampled", f"{unit_name}s resampled")
+    how = table["how"].replace("patients resampled", f"{unit_name} resampled")
     return to_json({**table, "how": how, "unit": unit_name})
 
 

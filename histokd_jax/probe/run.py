@@ -109,7 +109,7 @@ def run_probes(
     table = results_table(probed, settings.bootstrap, parts.unit_name)
     table |= _table_facts(patches, sources, parts, probed, settings)
     table |= {"structure": _structure(patches, embedded, out, settings, say)}
-    ablation.write_table(out, table, {})
+    ablation.write_table(out, table, table)
     for label, found in probed.items():
         _write_predictions(out / files.PREDICTIONS / label, found)
     drawn = []

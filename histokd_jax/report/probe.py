@@ -73,7 +73,7 @@ def _subtitle(found: Mapping[str, Any]) -> str:
     folds, data = len(found["split"]["folds"]), found["data"]
     return (
         f"{data['patches']} patches, {len(data['classes'])} classes; split: {found['split']['kind']}, "
-        f"{folds} fold{'s' * (folds != 1)}; {len(found['encoders'])} encoders; intervals: {found['unit']}s resampled"
+        f"{folds} fold{'s' * (folds != 1)}; {len(found['encoders'])} encoders; intervals: {found['unit']} resampled"
     )
 
 
@@ -125,7 +125,7 @@ def _results(found: Mapping[str, Any]) -> Html:
             if (mode, setting, METRICS[0]) in index:
                 rows.append([setting, *(_cell(index[mode, setting, metric]) for metric in METRICS)])
     caption = (
-        f"Mean over folds and seeds with 95 % bootstrap interval ({found['unit']}s resampled within folds); ± is the "
+        f"Mean over folds and seeds with 95 % bootstrap interval ({found['unit']} resampled within folds); ± is the "
         "standard deviation over seeds."
     )
     parts = [table(["Encoder", *(LABELS[metric] for metric in METRICS)], rows, caption=caption)]

@@ -28,7 +28,7 @@ def test_a_folder_of_images_from_start_to_report(histokd, encoder, tmp_path):
     assert "benign 6, malignant 6" in shown.out and "linear@0.5" in shown.out and "report:" in shown.out
     assert "floor: random weights, not trained" in shown.out
     table = json.loads((out / "table.json").read_text())
-    assert table["split"]["kind"] == "groups" and table["unit"] == "group"
+    assert table["split"]["kind"] == "groups" and table["unit"] == "groups"
     assert (out / "report.html").exists() and len(list((out / "maps" / "ours").glob("*.png"))) == 2
     again = histokd("probe", data, "--encoder", encoder, "--folds", 2, "--out", out, *QUICK)
     assert again.code == 1 and "--overwrite" in again.err
@@ -36,8 +36,8 @@ def test_a_folder_of_images_from_start_to_report(histokd, encoder, tmp_path):
 
 def test_feature_families_of_one_file(histokd, tmp_path):
     x, label = blobs(60)
-    x[4, 3] = np.nan
-    np.savez(tmp_path / "f.npz", strong=x, weak=x[:, :2], label=label, source_row=np.arange(60))
+    weak, x[4, 3] = x[::-1].copy(), np.nan
+    np.savez(tmp_path / "f.npz", strong=x, weak=weak, label=label, source_row=np.arange(60))
     common = ("probe", tmp_path / "f.npz", "--out", tmp_path / "out", "--no-report", *QUICK)
     refused = histokd(*common)
     assert refused.code == 1 and "--missing mean" in refused.err and not (tmp_path / "out").exists()
@@ -86,4 +86,4 @@ def test_real_labelled_patches_with_a_random_encoder(histokd, real_data, encoder
         "groups": 8,
     }
     assert {row["mode"] for row in table["rows"]} == {"linear@1", "knn3@1"}
-    assert table["unit"] == "group" and table["split"]["kind"] == "groups"
+    assert table["unit"] == "groups" and table["split"]["kind"] == "groups"

@@ -35,7 +35,9 @@ def test_map_of_a_resnet_is_its_class_activation_map():
     assert (expected < 0).any() and found.max() > 0
 
 
-@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize(
+    "name", [name if name in ("uni2_h", "virchow2") else pytest.param(name, marks=pytest.mark.slow) for name in DEEP]
+)
 def test_split_of_a_transformer_gives_its_embedding(name):
     loaded, (images, _) = loading.random(ENCODERS[name], 0), pictures(1, edge=28)
     module = build.build(loaded.encoder.spec)

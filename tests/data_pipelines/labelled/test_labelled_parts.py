@@ -27,7 +27,7 @@ def grouped(n=24, size=4):
 def test_folds_keep_groups_together_and_test_every_patch_once():
     patches = grouped()
     found = split(patches, Protocol(folds=3))
-    assert found.kind == module.GROUPS and found.unit_name == "group" and not found.marks
+    assert found.kind == module.GROUPS and found.unit_name == "groups" and not found.marks
     group = np.array(patches.group)
     for fold in found.folds:
         assert not set(group[fold.train]) & set(group[fold.test])
