@@ -162,7 +162,7 @@ def test_unlabelled_pairs_with_absent_partners_train_from_folds_by_group(tmp_pat
     for number in (2, 5, 8, 11, 14):
         (tmp_path / f"s/train/IHC/{number:05d}_train_{pair_files.GRADES[number % 4]}.png").unlink()
     manifest = pair_files.imported(
-        tmp_path / "s", tmp_path / "data", rule=NO_LABELS, missing_partner="keep", group_regex=r"^0*(\d+)_t"
+        tmp_path / "s", tmp_path / "data", rule=NO_LABELS, missing_partner="keep", group_regex=r"(\d_t[re])"
     ).manifest
     assert not manifest.class_names and sum(not e.has_partner for e in manifest.examples) == 5
     cfg = tiny(tmp_path / "data", data__official_split=False, split__n_folds=4, train__max_epochs=1, train__b=4)

@@ -82,8 +82,13 @@ def test_F2_6_a_training_step_on_eight_devices_equals_that_on_one(scope):
         placed = jax.device_put((params, extra), sharding.replicated(mesh))
         (found, new), other = move(*placed, sharding.put_examples(mesh, data))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    for a, b in zip(jax.tree.leaves((new, other)), jax.tree.leaves((stats, grads)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4 * max(np.abs(b).max(), 1e-3))
+    for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(stats), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    # By the largest gradient of a network: those of biases in front of a batch norm are rounding of zero.
+    for group, own in grads.items():
+        largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(own))
+        for a, b in zip(jax.tree.leaves(other[group]), jax.tree.leaves(own), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5 * largest)
 
 
 def test_F2_9_sum_with_clip_1_and_mean_with_clip_1_over_B_give_one_direction():
