@@ -55,7 +55,7 @@ def seed_deviation(runs: Mapping[tuple[int, int], Any], mode: str, metric: str) 
 def printed(table: Mapping[str, Any], metrics: Sequence[str] = ("accuracy", "balanced_accuracy", "auroc")) -> str:
     """The table for the terminal: one line per probe and encoder."""
     rows = {(row["mode"], row["setting"], row["metric"]): row for row in table["rows"]}
-    width = max(len(setting) for _, setting, _ in rows)
+    width = max(len("encoder"), *(len(setting) for _, setting, _ in rows))
     title = "   ".join(f"{name:<22}" for name in metrics)
     lines = [f"{'probe@labels':<14} {'encoder':<{width}}  {title}   difference of {metrics[0]}"]
     for mode, setting in dict.fromkeys((mode, setting) for mode, setting, _ in rows):
