@@ -97,8 +97,8 @@ def chosen_rows(patches: LabelledPatches, parts: Parts, count: int) -> list[tupl
     """(fold, tested row), classes and folds in turn, the first patches of each."""
     queues = [
         [(k, int(row)) for row in fold.test if patches.label[row] == c]
-        for c in range(len(patches.class_names))
         for k, fold in enumerate(parts.folds)
+        for c in range(len(patches.class_names))
     ]
     longest = max(map(len, queues))
     in_turn = [queue[i] for i in range(longest) for queue in queues if i < len(queue)]

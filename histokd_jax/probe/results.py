@@ -9,12 +9,32 @@ from typing import Any
 import numpy as np
 
 from histokd_jax.evals import ablation
-from histokd_jax.evals.classification import classification_metrics
+from histokd_jax.evals import classification as cls
+from histokd_jax.evals.predictions import Predictions
 from histokd_jax.evals.summary import to_json
 from histokd_jax.probe.training import Probed
 
 METRICS = ("accuracy", "balanced_accuracy", "auroc", "macro_f1")
-MEASURE = dataclasses.replace(ablation.CLASSIFICATION, names=METRICS)
+
+
+def _values(table: Predictions, weights: np.ndarray) -> dict[str, tuple[float, np.ndarray]]:
+    """The four metrics and their resampled values; the others of `classification_metrics` would double the time."""
+    decided, present = table.probs.argmax(axis=1), np.unique(table.label)
+
+    def four(weights: np.ndarray | None) -> dict[str, np.ndarray]:
+        confusion = cls.confusion_matrix(table.label, decided, table.num_classes, weights)
+        return {
+            "accuracy": cls.accuracy(confusion),
+            "balanced_accuracy": cls.balanced_accuracy(confusion, present),
+            "auroc": cls.macro_auroc(table.label, table.probs, weights),
+            "macro_f1": cls.macro_f1(confusion, present),
+        }
+
+    value, resampled = four(None), four(weights)
+    return {name: (float(value[name]), resampled[name]) for name in METRICS}
+
+
+MEASURE = dataclasses.replace(ablation.CLASSIFICATION, names=METRICS, values=_values)
 
 
 def results_table(probed: Mapping[str, Probed], bootstrap: int, unit_name: str) -> dict[str, Any]:
@@ -47,7 +67,7 @@ def seed_deviation(runs: Mapping[tuple[int, int], Any], mode: str, metric: str) 
     for (seed, _), table in runs.items():
         own = table.of_mode(mode)
         if len(own):
-            values.setdefault(seed, []).append(float(classification_metrics(own.label, own.probs)[metric]))
+            values.setdefault(seed, []).append(float(cls.classification_metrics(own.label, own.probs)[metric]))
     means = [np.nanmean(found) for found in values.values() if not np.isnan(found).all()]
     return float(np.std(means, ddof=1)) if len(means) > 1 else None
 
@@ -55,7 +75,7 @@ def seed_deviation(runs: Mapping[tuple[int, int], Any], mode: str, metric: str) 
 def printed(table: Mapping[str, Any], metrics: Sequence[str] = ("accuracy", "balanced_accuracy", "auroc")) -> str:
     """The table for the terminal: one line per probe and encoder."""
     rows = {(row["mode"], row["setting"], row["metric"]): row for row in table["rows"]}
-    width = max(len(setting) for _, setting, _ in rows)
+    width = max(len("encoder"), *(len(setting) for _, setting, _ in rows))
     title = "   ".join(f"{name:<22}" for name in metrics)
     lines = [f"{'probe@labels':<14} {'encoder':<{width}}  {title}   difference of {metrics[0]}"]
     for mode, setting in dict.fromkeys((mode, setting) for mode, setting, _ in rows):

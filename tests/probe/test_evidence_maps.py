@@ -1,6 +1,7 @@
 """Maps of evidence against arithmetic by hand."""
 
 import encoder_reference as reference
+import jax
 import numpy as np
 import pytest
 from labelled_setup import EDGE, RESNET, pictures, resnet
@@ -52,7 +53,7 @@ def test_map_of_a_transformer_weighs_tokens_by_the_mean_gradient():
     weights, bias = probe(spec.features)
     found, _ = maps.class_maps(loaded, image, weights, bias, np.array([2]))
     tokens, features = maps._split_vit(loaded.variables, prepare(image, loaded.encoder.transform), spec)
-    tokens, step = np.asarray(tokens), 1e-2
+    features, tokens, step = jax.jit(features), np.asarray(tokens), 1e-2
     patches = slice(spec.prefix, None)
     slope = np.empty(spec.width)
     for d in range(spec.width):
