@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 TIMM ?= timm==1.0.31 torchvision
 JOBS ?= 2
 
-.PHONY: demo test test-torch test-long test-beam lint bench-smoke install install-test clean
+.PHONY: demo test test-torch test-slow test-long test-beam lint bench-smoke install install-test clean
 
 demo: install
 	$(BIN)/histokd demo --workdir runs/demo
@@ -39,7 +39,7 @@ test: install-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m 'not torch and not bench and not slow and not long'
 
 test-torch: $(VENV)/.installed-torch
-	$(BIN)/python -m pytest -m torch
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m torch
 
 # Apache Beam limits protobuf and pyarrow, so that it gets an environment of its own.
 $(VENV)-beam/bin/python:
@@ -58,7 +58,12 @@ lint: install-test
 	$(BIN)/ruff format --check --line-length 120 .
 
 bench-smoke: install-test
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m '(bench or slow) and not torch and not long'
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'bench and not torch and not long'
+
+# Further variants of checks whose main variant runs in `make test`, with optimised code.
+test-slow: install-test
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
+		-m 'slow and not bench and not torch and not long'
 
 # Minutes of compilation each; not part of continuous integration.
 test-long: install-test

@@ -4,7 +4,7 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling is most of the work of this suite: quick code here, optimised code in `make bench-smoke`, which sets 0.
+# Compiling is most of the work of this suite: quick code here, optimised code in `make test-slow`, which sets 0.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
