@@ -29,7 +29,7 @@ from data_pipelines.windows import CARRY, DROP, accumulation_windows
 from histokd_jax.losses.survival import risk_score
 from histokd_jax.methods.supervised.objective import COX, PER_BAG, ObjectiveSpec, bag_loss
 from histokd_jax.nn.snn import SnnNet
-from histokd_jax.train.optim import learning_rate
+from histokd_jax.train.schedules import learning_rate
 
 TABLES = {"mcat": "datasets_csv_sig", "porpoise": "datasets_csv_mutsig"}
 ADAMW, ADAM_L2, CONSTANT = "adamw", "adam_l2", "constant"

@@ -119,8 +119,8 @@ class Stage:
     name: str
     trainable: tuple[str, ...]
     monitor_modes: tuple[str, ...]
-    frozen: tuple[str, ...] = ()
-    undecayed: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
+    undecayed: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """A tiny cohort: painted slides with coordinate files, and a tiny encoder."""
 
-import functools
-
 import encoder_reference as reference
 import numpy as np
 import wsi_slides
@@ -18,7 +16,6 @@ SPEC = reference.TINY["uni2_h"]
 COMPUTE = {"dtype": "float32", "batch": 8}
 
 
-@functools.lru_cache
 def tiny_encoder(seed=0, **changes):
     """28 px inputs, tiles of another size are resized to 32 and cropped."""
     changes = {"transform": Transform(size=28, resize=30)} | changes

@@ -114,6 +114,7 @@ def test_a_checkpoint_is_restored_into_either_layout_and_another_mesh(both, part
             np.testing.assert_array_equal(leaf, want)
 
 
+@pytest.mark.slow
 def test_slow_weights_and_moments_of_lookahead_are_divided_like_the_parameters(cohort_dir, start, tmp_path):
     """Six steps reach the first move; a checkpoint of the divided state fits the whole one."""
     config_of, changes = tiny.config_maker(cohort_dir), {"train__optimizer": "lookahead_radam"}

@@ -238,7 +238,7 @@ def _variables(name: str, params: Params, frozen: Params, extra: Extra) -> dict[
 
 
 def _stages(names: tuple[str, ...], frozen: tuple[str, ...]) -> tuple[Stage, ...]:
-    return tuple(Stage(name, (name,), (_MODE_OF[name],), frozen) for name in names)
+    return tuple(Stage(name, (name,), (_MODE_OF[name],), frozen=frozen) for name in names)
 
 
 def _network(name: str, spec: PairedSpec, stem: StemEncoder | None) -> nn.Module:

@@ -357,7 +357,7 @@ def make_method(config: ml_collections.ConfigDict, data: DataSpec) -> Method:
         prepare=run.prepare if run.pool_size else None,
         after_update=run.after_update if run.renormalise else None,
         modes=(Mode(PATHOLOGY, deployed, ("weight", *_GRAPH_FIELDS)),),
-        stages=(Stage(objectives.TRAIN, run.groups(), (PATHOLOGY,), undecayed),),
+        stages=(Stage(objectives.TRAIN, run.groups(), (PATHOLOGY,), undecayed=undecayed),),
         requires=(*_GRAPH_FIELDS, "weight", "label", *genes),
         # A step of the reference is one slide: it must hold exactly train.b.
         batch_coupled=True,
