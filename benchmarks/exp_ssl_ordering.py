@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks import common
 from benchmarks import experiment as ex
 from histokd_jax.methods.ssl import method as ssl
-from histokd_jax.train import optim
+from histokd_jax.train import optim, schedules
 from histokd_jax.types import REPRESENTATION, DataSpec, Method
 
 SIDE, TRAIN, TEST = 24, 1024, 512
@@ -125,7 +125,7 @@ def fit(
     rng, opt, key = np.random.default_rng([seed, 1]), tx.init(params), jax.random.key(seed + 1)
     for i in range(steps):
         rows = rng.choice(len(data["image"]), sizes["batch"], replace=False)
-        rate = optim.warmup_cosine(i + 1, peak=sizes["lr"], total=steps, warmup=min(steps // 10, steps - 1))
+        rate = schedules.warmup_cosine(i + 1, peak=sizes["lr"], total=steps, warmup=min(steps // 10, steps - 1))
         params, extra, opt = move(
             params, extra, opt, batch_of(data, rows), jax.random.fold_in(key, i), jnp.float32(rate)
         )
