@@ -16,6 +16,7 @@ Every training is a file in --workdir, so an interrupted run continues; the JSON
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import hashlib
@@ -50,7 +51,7 @@ REAL_FOLDS, REAL_SIDE = 4, 256
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Study:
+class Study(abc.ABC):
     """Data and trainings of one table.
 
     Attributes:
@@ -71,9 +72,9 @@ class Study:
     facts: Mapping[str, Any]
     bootstrap: int
 
+    @abc.abstractmethod
     def data(self, seed: int, fold: int) -> tuple[Pairs, Pairs]:
         """(training pairs, test pairs) of one training."""
-        raise NotImplementedError
 
     def stamp(self) -> str:
         """What a stored training depends on."""
